@@ -37,7 +37,7 @@ $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	@echo "[setup] done"
 
 book: setup ## run every method at the tiny preset and print the headline numbers
-	@trajbook run all --preset tiny --name book --resume
+	@trajbook run all --preset tiny --name book --update
 
 test: setup ## clean and export change nothing, ruff, nbdev_test, pytest
 	@$(BIN)/python tools/check_clean.py
