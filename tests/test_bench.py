@@ -1,0 +1,187 @@
+"""The benchmark's statistics, its form, and a floor under the speed that the book promises."""
+
+import builtins
+import importlib.util
+import json
+import statistics
+
+import numpy as np
+import pytest
+import torch
+
+from trajbook.apps import bench
+from trajbook.core import TrajbookError
+from trajbook.nn import Encoder
+
+SMALL = bench.Sizes(B=2, T=24, n_layers=1, d_model=32, n_heads=2, d_ff=64, decoder=(64, 32))
+HEADLINE = {
+    "forward_fp32_vs_torch_encoder_fastpath_off", "forward_fp32_vs_torch_encoder",
+    "forward_fp32_vs_bert_sdpa", "forward_bf16_vs_torch_encoder", "train_bf16_vs_torch_encoder",
+    "forward_fp32_share_of_matmul_peak", "forward_bf16_share_of_matmul_peak",
+    "full_vs_asymmetric_time",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result():
+    return bench.run_bench("mae", rounds=2, sizes=SMALL, peak_n=64)
+
+
+def test_every_headline_key_is_there_and_the_form_is_right(result):
+    assert set(result["ratios"]) >= HEADLINE
+    assert "cpu" in result["hardware"] and result["threads"] == 1
+    for key, r in result["ratios"].items():
+        if r is None:
+            assert result["reasons"][key]
+        else:
+            assert set(r) == {"value", "lo", "hi"} and 0 < r["lo"] <= r["value"] <= r["hi"]
+    assert result == json.loads(json.dumps(result, allow_nan=False))
+
+
+def test_bf16_headline_needs_amx(monkeypatch):
+    keys = [k for k in HEADLINE if "bf16" in k]
+    for support, measured, further in (("avx512", False, True), (None, False, False)):
+        monkeypatch.setattr(bench, "bf16_support", lambda device="cpu", s=support: s)
+        suite = bench.mae_suite(sizes=SMALL, peak_n=64)
+        found = bench.evaluate_suite(suite, dict.fromkeys(suite.sides, [1.0, 1.0]))
+        assert all((found["ratios"][k] is not None) == measured for k in keys)
+        assert all((f"{k}.avx512" in found["ratios"]) == further for k in keys)
+        assert all("AMX" in found["reasons"][k] for k in keys)
+    monkeypatch.setattr(bench, "bf16_support", lambda device="cpu": "native")
+    suite = bench.mae_suite(sizes=SMALL, peak_n=64)
+    found = bench.evaluate_suite(suite, dict.fromkeys(suite.sides, [1.0, 1.0]))
+    assert not found["reasons"] and set(found["ratios"]) >= HEADLINE
+
+
+def test_without_transformers_the_key_is_null_with_a_reason(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        bench.importlib.util,
+        "find_spec",
+        lambda n, *a: None if n == "transformers" else find(n, *a),
+    )
+    suite = bench.mae_suite(sizes=SMALL, peak_n=64)
+    found = bench.evaluate_suite(suite, dict.fromkeys(suite.sides, [1.0, 1.0]))
+    assert found["ratios"]["forward_fp32_vs_bert_sdpa"] is None
+    assert "transformers" in found["reasons"]["forward_fp32_vs_bert_sdpa"]
+    assert found["ratios"]["forward_fp32_vs_torch_encoder"]["value"] == 1.0
+
+
+def test_importing_the_module_does_not_import_transformers(monkeypatch):
+    real = builtins.__import__
+
+    def guard(name, *args, **kw):
+        assert not name.startswith("transformers"), name
+        return real(name, *args, **kw)
+
+    monkeypatch.setattr(builtins, "__import__", guard)
+    spec = importlib.util.find_spec("trajbook.apps.bench")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_all_sides_have_equal_size():
+    s = bench.Sizes(T=20)
+    ours = sum(p.numel() for p in Encoder(s.n_layers, s.d_model, s.n_heads, s.d_ff).parameters())
+    stock = sum(p.numel() for p in bench.torch_encoder(s).parameters())
+    pytest.importorskip("transformers")
+    bert = sum(p.numel() for p in bench.BertSdpa(s).parameters())
+    assert ours == stock == 4_739_072
+    assert bert == ours - 2 * s.d_model  # post-norm: no final norm after the last layer
+
+
+def test_work_agrees_with_torchs_own_counter():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = bench.our_model(SMALL)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.randn(SMALL.B, SMALL.T, SMALL.n_features))
+    assert counter.get_total_flops() == SMALL.flops
+
+
+def test_interval_covers_a_known_ratio():
+    g, inside = np.random.default_rng(0), 0
+    for _ in range(200):
+        over, under = 2 * g.lognormal(0, 0.1, 9), g.lognormal(0, 0.1, 9)
+        r = bench.time_ratio(list(over), list(under), n=300)
+        inside += r["lo"] <= 2 <= r["hi"]
+    assert inside > 170
+    one = bench.time_ratio([3.0], [2.0], factor=4)
+    assert one == {"value": 6.0, "lo": 6.0, "hi": 6.0}
+
+
+def test_switches_are_put_back():
+    threads, fast = torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(ZeroDivisionError), bench.one_thread(), bench.fastpath_off():
+        assert torch.get_num_threads() == 1 and not torch.backends.mha.get_fastpath_enabled()
+        1 / 0  # noqa: B018
+    assert (torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()) == (threads, fast)
+
+
+def test_asymmetric_model_sees_only_what_is_visible():
+    model = bench.AsymmetricModel(SMALL, width=32).eval()
+    x, keep = torch.randn(2, 24, 5), torch.arange(0, 24, 4).expand(2, -1)
+    changed = x.clone()
+    changed[:, 1::4] = 1e3
+    with torch.inference_mode():
+        assert torch.equal(model(x, keep), model(changed, keep))
+        changed[:, 0] += 1
+        assert not torch.equal(model(x, keep), model(changed, keep))
+
+
+def test_kept_results_are_read_back(result, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAJBOOK_RESULTS", str(tmp_path))
+    with pytest.raises(TrajbookError, match="trajbook bench mae"):
+        bench.read_bench("mae")
+    assert bench.write_bench(result) == tmp_path / "bench" / "mae-cpu.json"
+    assert bench.read_bench("mae") == result
+    assert bench.bench_path("mae", "cuda").name == "mae-gpu.json"
+    text = str(bench.bench_table(result))
+    assert all(f"`{k}`" in text for k in HEADLINE)
+    assert (
+        bench.speed_picture(result).png()[:4]
+        == bench.shares_picture(result).png()[:4]
+        == b"\x89PNG"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(method="maee"), "'maee'"),
+        (dict(device="tpu"), "'tpu'"),
+        (dict(rounds=0), "at least 1"),
+        pytest.param(
+            dict(device="cuda"), "'cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU"),
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(options, words):
+    with pytest.raises(TrajbookError, match=words):
+        bench.run_bench(**options)
+
+
+def test_json_text():
+    text = bench.run_bench("mae", rounds=1, as_json=True, sizes=SMALL, peak_n=32)
+    assert set(json.loads(text)["ratios"]) >= HEADLINE
+
+
+@pytest.mark.slow
+def test_forward_pass_is_faster_than_torchs_encoder():
+    s = bench.Sizes(n_layers=2)
+    with bench.one_thread():
+        x = torch.randn(s.B, s.T, s.n_features)
+        peers = {"ours": bench.our_model(s), "torch": bench.FullModel(s, bench.torch_encoder(s))}
+        sides = {name: bench.forward_side(m, x) for name, m in peers.items()}
+        sides["peak"] = bench.matmul_side(torch.float32)
+        times = {k: statistics.median(v) for k, v in bench.measure(sides, 5).items()}
+    assert times["torch"] / times["ours"] > 1.25  # promised for six layers on a quiet core: 1.5
+    assert s.flops / (2 * 2048**3) * times["peak"] / times["ours"] > 0.5  # promised: 0.62
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_bench():
+    found = bench.run_bench("mae", "cuda", rounds=2, sizes=SMALL, peak_n=256)
+    assert all(found["ratios"][k] is not None for k in HEADLINE if "bert" not in k)
