@@ -1,6 +1,7 @@
 """The benchmark's statistics, its form, and a floor under the speed that the book promises."""
 
 import builtins
+import dataclasses
 import importlib.util
 import json
 import statistics
@@ -11,9 +12,11 @@ import torch
 
 from trajbook.apps import bench
 from trajbook.core import TrajbookError
+from trajbook.mae.model import TrajectoryMAE
 from trajbook.nn import Encoder
 
-SMALL = bench.Sizes(B=2, T=24, n_layers=1, d_model=32, n_heads=2, d_ff=64, decoder=(64, 32))
+SIZE = {"window": 24, "n_layers": 1, "d_model": 32, "n_heads": 2, "d_ff": 64}
+SMALL = bench.document_network(**SIZE, decoder_hidden=(64, 32))
 HEADLINE = {
     "forward_fp32_vs_torch_encoder_fastpath_off", "forward_fp32_vs_torch_encoder",
     "forward_fp32_vs_bert_sdpa", "forward_bf16_vs_torch_encoder", "train_bf16_vs_torch_encoder",
@@ -24,7 +27,7 @@ HEADLINE = {
 
 @pytest.fixture(scope="module")
 def result():
-    return bench.run_bench("mae", rounds=2, sizes=SMALL, peak_n=64)
+    return bench.run_bench("mae", rounds=2, network=SMALL, peak_n=64)
 
 
 def test_every_headline_key_is_there_and_the_form_is_right(result):
@@ -42,13 +45,13 @@ def test_bf16_headline_needs_amx(monkeypatch):
     keys = [k for k in HEADLINE if "bf16" in k]
     for support, measured, further in (("avx512", False, True), (None, False, False)):
         monkeypatch.setattr(bench, "bf16_support", lambda device="cpu", s=support: s)
-        suite = bench.mae_suite(sizes=SMALL, peak_n=64)
+        suite = bench.mae_suite(network=SMALL, peak_n=64)
         found = bench.evaluate_suite(suite, dict.fromkeys(suite.sides, [1.0, 1.0]))
         assert all((found["ratios"][k] is not None) == measured for k in keys)
         assert all((f"{k}.avx512" in found["ratios"]) == further for k in keys)
         assert all("AMX" in found["reasons"][k] for k in keys)
     monkeypatch.setattr(bench, "bf16_support", lambda device="cpu": "native")
-    suite = bench.mae_suite(sizes=SMALL, peak_n=64)
+    suite = bench.mae_suite(network=SMALL, peak_n=64)
     found = bench.evaluate_suite(suite, dict.fromkeys(suite.sides, [1.0, 1.0]))
     assert not found["reasons"] and set(found["ratios"]) >= HEADLINE
 
@@ -60,7 +63,7 @@ def test_without_transformers_the_key_is_null_with_a_reason(monkeypatch):
         "find_spec",
         lambda n, *a: None if n == "transformers" else find(n, *a),
     )
-    suite = bench.mae_suite(sizes=SMALL, peak_n=64)
+    suite = bench.mae_suite(network=SMALL, peak_n=64)
     found = bench.evaluate_suite(suite, dict.fromkeys(suite.sides, [1.0, 1.0]))
     assert found["ratios"]["forward_fp32_vs_bert_sdpa"] is None
     assert "transformers" in found["reasons"]["forward_fp32_vs_bert_sdpa"]
@@ -80,8 +83,9 @@ def test_importing_the_module_does_not_import_transformers(monkeypatch):
 
 
 def test_all_sides_have_equal_size():
-    s = bench.Sizes(T=20)
-    ours = sum(p.numel() for p in Encoder(s.n_layers, s.d_model, s.n_heads, s.d_ff).parameters())
+    s = bench.document_network(window=20)
+    assert (s.patch, s.asymmetric, s.decoder_hidden) == (1, False, (1024, 512))
+    ours = sum(p.numel() for p in TrajectoryMAE(s).encoder.parameters())
     stock = sum(p.numel() for p in bench.torch_encoder(s).parameters())
     pytest.importorskip("transformers")
     bert = sum(p.numel() for p in bench.BertSdpa(s).parameters())
@@ -93,10 +97,22 @@ def test_work_agrees_with_torchs_own_counter():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = bench.our_model(SMALL)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(torch.randn(SMALL.B, SMALL.T, SMALL.n_features))
-    assert counter.get_total_flops() == SMALL.flops
+    for network in (SMALL, dataclasses.replace(SMALL, patch=6)):
+        model, motion = TrajectoryMAE(network), bench.motion_with_holes(network, 2)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(*motion)
+        assert counter.get_total_flops() == 2 * bench.forward_flops(network)
+
+
+def test_what_is_timed_is_the_exported_model():
+    suite = bench.mae_suite(network=SMALL, peak_n=32)
+    inside = lambda side: next(  # noqa: E731
+        c.cell_contents for c in side.__closure__ if isinstance(c.cell_contents, torch.nn.Module)
+    )
+    models = {n: inside(s) for n, s in suite.sides.items() if n.split(".")[0] in ("ours", "torch")}
+    assert {type(m) for m in models.values()} == {TrajectoryMAE}
+    assert {type(m.encoder) for n, m in models.items() if n.startswith("ours")} == {Encoder}
+    assert not models["ours.fp32"].training and models["ours.fp32"].config == SMALL
 
 
 def test_interval_covers_a_known_ratio():
@@ -118,15 +134,28 @@ def test_switches_are_put_back():
     assert (torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()) == (threads, fast)
 
 
-def test_asymmetric_model_sees_only_what_is_visible():
-    model = bench.AsymmetricModel(SMALL, width=32).eval()
-    x, keep = torch.randn(2, 24, 5), torch.arange(0, 24, 4).expand(2, -1)
-    changed = x.clone()
-    changed[:, 1::4] = 1e3
-    with torch.inference_mode():
-        assert torch.equal(model(x, keep), model(changed, keep))
-        changed[:, 0] += 1
-        assert not torch.equal(model(x, keep), model(changed, keep))
+def test_every_trajectory_has_as_many_holes():
+    states, is_masked = bench.motion_with_holes(SMALL, 5)
+    assert states.shape == (5, 24, 4) and (is_masked.sum(1) == 18).all()
+
+
+def test_ours_trains_like_torchs_encoder_with_the_same_weights():
+    torch.manual_seed(0)
+    ours = TrajectoryMAE(SMALL)
+    stock = bench.with_encoder(SMALL, bench.torch_encoder(SMALL))
+    weights = ours.state_dict()
+    parts = ("attention.", "mlp.", "attention_norm.", "mlp_norm.")
+    values = [v for p in parts for k, v in weights.items() if k.startswith(f"encoder.blocks.0.{p}")]
+    values += [weights["encoder.norm.weight"], weights["encoder.norm.bias"]]
+    names = list(stock.encoder.state_dict())
+    stock.encoder.load_state_dict(dict(zip(names, values, strict=True)))
+    rest = {k: v for k, v in weights.items() if not k.startswith("encoder")}
+    stock.load_state_dict(rest, strict=False)
+    states, _ = bench.motion_with_holes(SMALL, 2)
+    steps = [bench.train_side(m, states) for m in (ours, stock)]
+    losses = np.array([[float(step()) for step in steps] for _ in range(3)])
+    np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-4)
+    assert losses[-1, 0] < losses[0, 0]
 
 
 def test_kept_results_are_read_back(result, tmp_path, monkeypatch):
@@ -138,11 +167,8 @@ def test_kept_results_are_read_back(result, tmp_path, monkeypatch):
     assert bench.bench_path("mae", "cuda").name == "mae-gpu.json"
     text = str(bench.bench_table(result))
     assert all(f"`{k}`" in text for k in HEADLINE)
-    assert (
-        bench.speed_picture(result).png()[:4]
-        == bench.shares_picture(result).png()[:4]
-        == b"\x89PNG"
-    )
+    for draw in (bench.ratio_picture, bench.speed_picture, bench.shares_picture):
+        assert draw(result).png().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -163,25 +189,25 @@ def test_mistakes_are_named(options, words):
 
 
 def test_json_text():
-    text = bench.run_bench("mae", rounds=1, as_json=True, sizes=SMALL, peak_n=32)
+    text = bench.run_bench("mae", rounds=1, as_json=True, network=SMALL, peak_n=32)
     assert set(json.loads(text)["ratios"]) >= HEADLINE
 
 
 @pytest.mark.slow
 def test_forward_pass_is_faster_than_torchs_encoder():
-    s = bench.Sizes(n_layers=2)
+    s = bench.document_network(n_layers=2)
     with bench.one_thread():
-        x = torch.randn(s.B, s.T, s.n_features)
-        peers = {"ours": bench.our_model(s), "torch": bench.FullModel(s, bench.torch_encoder(s))}
-        sides = {name: bench.forward_side(m, x) for name, m in peers.items()}
+        motion = bench.motion_with_holes(s, 2)
+        peers = {"ours": TrajectoryMAE(s), "torch": bench.with_encoder(s, bench.torch_encoder(s))}
+        sides = {name: bench.forward_side(m, *motion) for name, m in peers.items()}
         sides["peak"] = bench.matmul_side(torch.float32)
         times = {k: statistics.median(v) for k, v in bench.measure(sides, 5).items()}
     assert times["torch"] / times["ours"] > 1.25  # promised for six layers on a quiet core: 1.5
-    assert s.flops / (2 * 2048**3) * times["peak"] / times["ours"] > 0.5  # promised: 0.62
+    assert 2 * bench.forward_flops(s) / (2 * 2048**3) * times["peak"] / times["ours"] > 0.5  # 0.62
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_bench():
-    found = bench.run_bench("mae", "cuda", rounds=2, sizes=SMALL, peak_n=256)
+    found = bench.run_bench("mae", "cuda", rounds=2, network=SMALL, peak_n=256)
     assert all(found["ratios"][k] is not None for k in HEADLINE if "bert" not in k)

@@ -1,5 +1,6 @@
 """The command line as its callers see it: exit codes, one sentence per mistake, nothing half-written."""
 
+import errno
 import importlib
 import io
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -41,6 +43,9 @@ def here(done, monkeypatch):
         del sys.modules[name]
 
 
+REAL_OPEN = os.fdopen
+
+
 def refused(capsys, *words):
     "The one sentence of a refused command."
     code = main(words)
@@ -51,7 +56,7 @@ def refused(capsys, *words):
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix != ".lock")
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock")  # fmt: skip
 
 
 def test_help_is_quick_and_light():
@@ -93,7 +98,10 @@ BAD = [
     (["run", "toy", "--config", "none.yaml"], "none.yaml"),
     (["run", "toy", "--time-limit", "soon"], "30m"),
     (["run", "toy", "--prset", "tiny"], "--prset"),
+    (["run", "toy", "--seeds", "4-2"], "0,1,2"),
+    (["run", "toy", "--jobs", "0"], "at least 1"),
     (["run", "toy", "--fresh", "--resume"], "choose one"),
+    (["run", "toy", "--update", "--stages", "train"], "do not name stages"),
     (["run", "toy", "--stages", "evaluate", "--name", "new"], "needs stage data"),
     (["runs", "lisst"], "lisst"),
     (["runs", "show", "toy/tny"], "did you mean toy/tiny"),
@@ -155,7 +163,7 @@ def test_debug_shows_the_traceback(here, capsys):
 
 
 def test_json_is_all_of_standard_output(here, capsys):
-    for words in (["runs"], ["runs", "show"], ["runs", "latest"], ["eval", "toy/tiny/seed-0"], ["version"], ["config", "toy"], ["run", "toy", "--seeds", "0,1"], ["compare", "toy/tiny/seed-0", "toy/tiny/seed-1"]):  # fmt: skip
+    for words in (["runs"], ["runs", "show"], ["runs", "latest"], ["eval", "toy/tiny"], ["eval", "toy/tiny/seed-0"], ["version"], ["config", "toy"], ["run", "toy", "--seeds", "0,1"], ["compare", "toy/tiny/seed-0", "toy/tiny/seed-1"]):  # fmt: skip
         assert main([*words, "--json"]) == 0
         json.loads(capsys.readouterr().out)
 
@@ -271,6 +279,83 @@ def test_full_disk(here, disk, capsys, monkeypatch):
     subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
     assert main(["run", "toy", "--in-process", "--resume"]) == 0
     assert "evaluate.error" in capsys.readouterr().out
+
+
+# The same without root: the disk's answers are put into Python's mouth.
+
+
+def half_written(*args, **options):
+    "A file that takes half of what it is given."
+    file = REAL_OPEN(*args, **options)
+    whole = file.write
+
+    def write(data):
+        whole(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = mock.MagicMock(wraps=file, write=write)
+    file.__enter__.return_value = file
+    return file
+
+
+def forbidden(*args, **options):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+FAULTS = {
+    "fdopen": (half_written, "no space left"),
+    "replace": (forbidden, "permission denied"),
+    "open": (forbidden, "permission denied"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_disk_that_refuses(here, capsys, monkeypatch, tmp_path, name):
+    "From the first file on, and in the middle of a run: nothing half-written, and a way on."
+    monkeypatch.setenv("TRAJBOOK_RUNS", str(tmp_path))
+    fault, words = FAULTS[name]
+    monkeypatch.setattr(f"os.{name}", fault)
+    assert words in refused(capsys, "run", "toy", "--in-process")
+    assert files(tmp_path) == []
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["fdopen", "replace"])
+def test_disk_that_refuses_at_the_end(here, capsys, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("TRAJBOOK_RUNS", str(tmp_path))
+    assert main(["run", "toy", "--in-process", "--stages", "data,train"]) == 0
+    before = files(tmp_path)
+    (fault, words), real = FAULTS[name], getattr(os, name)
+    pick = lambda *a, **k: (fault if is_product(a[0]) else real)(*a, **k)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(f"os.{name}", pick)
+        assert main(["run", "toy", "--in-process"]) == 2
+    out, err = capsys.readouterr()
+    assert words in err.splitlines()[-1] and "Traceback" not in err
+    assert files(tmp_path) == before
+    assert (
+        read_json(tmp_path / "toy/tiny/seed-0/run.json")["stages"]["evaluate"]["status"] == "failed"
+    )
+    assert main(["run", "toy", "--in-process"]) == 0
+    assert "evaluate.error" in capsys.readouterr().out
+
+
+def is_product(target) -> bool:
+    "Whether a file descriptor or a name is that of the last stage's arrays."
+    path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
+    return "evaluate.safetensors" in path
+
+
+def test_one_damaged_run_hides_no_other(here, capsys, tmp_path, monkeypatch):
+    copied = tmp_path / "runs"
+    shutil.copytree(here.root / "runs", copied)
+    monkeypatch.setenv("TRAJBOOK_RUNS", str(copied))
+    (copied / "toy" / "tiny" / "seed-0" / "run.json").write_text("{")
+    assert main(["runs"]) == 0
+    out = capsys.readouterr().out
+    assert "unreadable" in out and "toy/tiny/seed-1  done" in out
+    assert main(["runs", "--json"]) == 0
+    assert "damaged" in {r["run"]: r for r in json.loads(capsys.readouterr().out)}["toy/tiny/seed-0"]["error"]  # fmt: skip
 
 
 def test_doctor_says_what_to_do(here, capsys, monkeypatch):

@@ -10,8 +10,16 @@ torch = pytest.importorskip("torch")
 from scipy.interpolate import CubicHermiteSpline  # noqa: E402
 
 from trajbook.checkpoint import load, read_header  # noqa: E402
+from trajbook.config import resolve  # noqa: E402
 from trajbook.core import TrajbookError, rng, root  # noqa: E402
-from trajbook.mae.data import BEHAVIOURS, ModelConfig, embed_states, simulate  # noqa: E402
+from trajbook.mae.data import (  # noqa: E402
+    BEHAVIOURS,
+    DataConfig,
+    ModelConfig,
+    embed_states,
+    make_dataset,
+    simulate,
+)
 from trajbook.mae.distill import (  # noqa: E402
     DistillLoss,
     LessonBatches,
@@ -30,7 +38,15 @@ from trajbook.mae.evaluate import (  # noqa: E402
     WindowData,
     angle_error_deg,
     ar_fill,
+    ar_maps,
+    bench_of,
     document_arithmetic,
+    document_memory,
+    document_models,
+    document_parameters,
+    evaluate_holes,
+    evaluate_probes,
+    example_of,
     fit_both,
     fit_supervised,
     hermite_fill,
@@ -40,9 +56,12 @@ from trajbook.mae.evaluate import (  # noqa: E402
     random_windows,
     reconstruct,
     tokens_of,
+    tuned_ar,
     visible_neighbors,
 )
 from trajbook.mae.model import TrajectoryMAE, eval_masks  # noqa: E402
+from trajbook.metrics import masked_mse  # noqa: E402
+from trajbook.run import Run  # noqa: E402
 
 SMALL = ModelConfig(patch=10, window=100, d_model=32, n_layers=1, n_heads=2, d_ff=64)
 
@@ -195,16 +214,16 @@ def test_supervised_learns_and_is_deterministic(teacher, motions):
         np.zeros(8),
     )
     states, labels = torch.tensor(motions, dtype=torch.float32), torch.tensor([0] * 4 + [1] * 4)
-    run = lambda: fit_supervised(teacher, states, labels, data, data, steps=20, lr=3e-3, seed=1)  # noqa: E731
-    first = run()
-    assert first[0] >= 0.75 and first == run()
+    options = {"steps": 20, "lr": 3e-3, "seed": 1}
+    first, again = (fit_supervised(teacher, states, labels, data, data, **options) for _ in "ab")
+    assert first[0] >= 0.75 and first == again
 
 
 def test_label_curves_share_their_draws():
     kind = np.arange(100) % 5
     x = np.eye(5)[kind] + 0.1 * rng(0, "x").normal(size=(100, 5))
     data = [WindowData(None, None, np.arange(100), {"behaviour": kind}, None)] * 3
-    rows = {"a": (x,) * 3, "b": (x,) * 3}
+    rows = {"a": [(x,) * 3], "b": [(x,) * 3, (0 * x,) * 3]}
     curve = probe_curve("behaviour", rows, data, kind, (0.01, 1.0), (4, 1), seed=0)
     assert (curve["a"] == curve["b"]).all() and curve["a"][1] == 1
 
@@ -215,6 +234,76 @@ def test_memory_meter_counts_what_backward_keeps():
         layer(torch.ones(1000, 100)).relu().sum().backward()
     at_least = 4 * (1000 * 100 * 3)  # input, output, its gradient
     assert at_least <= meter.peak < 3 * at_least
+
+
+def test_memory_of_a_batch_does_not_multiply_what_the_batch_shares():
+    model = document_models()["full"]
+    one, many = (document_memory(model, n, n_steps=20) for n in (1, 64))
+    total = document_parameters({"full": model, "asymmetric": model})["parameters.total"]
+    assert one["memory_gb.infer"] > 4e-9 * total and one["memory_gb.train"] > 16e-9 * total
+    for mode in ("infer", "train"):  # 20 steps are little beside five million weights
+        assert one[f"memory_gb.{mode}"] < many[f"memory_gb.{mode}"] < 5 * one[f"memory_gb.{mode}"]
+
+
+def test_document_parameters_are_the_formula():
+    found = document_parameters(document_models())
+    block = 12 * 256**2 + 13 * 256
+    assert found["parameters.encoder"] == 6 * block + 2 * 256
+    assert found["parameters.decoder"] == 256 * 1024 + 1024 + 1024 * 512 + 512 + 512 * 5 + 5
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    data = make_dataset(
+        DataConfig(n_trajectories=40, n_steps=120), tmp_path_factory.mktemp("m") / "d"
+    )
+    cfg = resolve("mae", "tiny", {"model.window": 100, "evaluate.mlp_steps": 2})
+    torch.manual_seed(0)
+    model = TrajectoryMAE(SMALL).eval()
+    model.fit_normalizer(data)
+    return bench_of(cfg, data, {"patch": model})
+
+
+def test_everybody_is_scored_in_the_same_holes(bench, tmp_path):
+    run = Run(tmp_path, bench.cfg, "evaluate")
+    evaluate_holes(bench, run)
+    test, seed = bench.splits[2], bench.cfg.data.seed
+    hidden, truth = eval_masks("patch", 0.75, 5, 100, seed=seed), bench.scale.apply(test.states)
+    want = {
+        "mean": 0 * truth,
+        "linear": linear_fill(truth, hidden),
+        "hermite": bench.scale.apply(hermite_fill(test.states, hidden)),
+        "model": reconstruct(bench.models["patch"], test, hidden, bench.scale),
+    }
+    for row, values in want.items():
+        metric = run.metrics[f"evaluate.masked_mse.patch10_75.{row}"]
+        assert metric["value"] == masked_mse(values, truth, hidden)
+        assert (metric["unit"], metric["better"]) == ("standardized", "lower")
+    assert not any("random" in key for key in run.metrics)  # there is no step model
+
+
+def test_the_order_of_the_autoregression_knows_nothing_of_the_test_split(bench):
+    maps, blind = ar_maps(bench), bench._replace(splits=(*bench.splits[:2], None))
+    assert tuned_ar(bench, maps, "patch", 0.75) == tuned_ar(blind, maps, "patch", 0.75)
+
+
+def test_probes_record_the_pool_that_validation_chose(bench, tmp_path):
+    run = Run(tmp_path, bench.cfg, "evaluate")
+    rows = evaluate_probes(bench, run)
+    assert [len(v) for v in rows.values()] == [1, 3, 3, 3]
+    for key in ("pole_length.r2", "pole_mass.r2", "energy.r2", "behaviour.accuracy"):
+        for row in ("encoder", "random_encoder"):
+            values = [
+                run.metrics[f"evaluate.probe.{key}.{row}_{pool}"]["value"]
+                for pool in ("mean", "max", "last")
+            ]
+            assert run.metrics[f"evaluate.probe.{key}.{row}"]["value"] in values
+        assert run.metrics[f"evaluate.probe.{key}.raw"]["better"] == "higher"
+
+
+def test_the_example_is_a_swing_up(bench):
+    test = bench.splits[2]
+    assert BEHAVIOURS[test.targets["behaviour"][example_of(test)]] == "swingup"
 
 
 def test_the_documents_numbers_contradict_one_another():

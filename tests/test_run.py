@@ -13,8 +13,8 @@ import pytest
 from toy_method import Project, wait_for
 
 import trajbook
-from trajbook.core import TrajbookError, expect_error, read_json
-from trajbook.run import check_claims, load_claims, load_results, publish, result_arrays
+from trajbook.core import TrajbookError, expect_error, read_json, write_json
+from trajbook.run import check_claims, load_claims, load_results, prepare, publish, result_arrays
 
 SLOW = ("--set", "train.delay=0.05")
 
@@ -138,7 +138,7 @@ def test_errors_cross_a_kernel(checkout):
         if fault == "mistake":
             assert (code, last) == (2, "error: train.lr is too brave")
         else:
-            assert code == 1 and "91_train failed with ValueError: a bug in the toy" in last
+            assert code == 1 and "stage train failed with ValueError: a bug in the toy" in last
         assert (checkout.folder(fault) / "notebooks" / "train.ipynb").exists()
 
 
@@ -161,6 +161,57 @@ def test_second_run_in_the_same_folder(wheel):
     assert (wheel.folder() / "checkpoints" / "best" / "config.json").stat().st_mtime_ns == old
     code, _, err = wheel.call(*here, "--update")
     assert code == 0 and "starting over" in err and "done before" not in err
+
+
+def test_starting_a_stage_over_forgets_what_it_left(wheel):
+    "The toy goes on from `state.json`, as a training does from its checkpoints."
+    here = ("run", "toy", "--in-process")
+    assert wheel.call(*here)[0] == 0
+    trained, folder = weights(wheel), wheel.folder()
+    for wrong in (["running"], ["done", "files"]):  # killed before the end, and finished
+        info = read_json(folder / "run.json")
+        record = info["stages"]["train"]
+        info["stages"]["train"] = {k: record[k] for k in ("code_hash", *wrong[1:])}
+        info["stages"]["train"]["status"] = wrong[0]
+        write_json(folder / "run.json", info)
+        write_json(folder / "state.json", {"w": 99.0, "step": 29})
+        code, _, err = wheel.call(*here, "--fresh", "--stages", "train")
+        assert code == 0 and "starting over with train, evaluate" in err, err
+        assert weights(wheel) == trained
+        stages = read_json(folder / "run.json")["stages"]
+        assert list(stages) == ["data", "train"] and not (folder / "arrays").exists()
+        assert not any("evaluate" in key for key in read_json(folder / "results.json")["metrics"])
+        assert wheel.call(*here)[0] == 0
+
+
+def test_a_reset_that_was_killed_is_finished(wheel):
+    here = ("run", "toy", "--in-process")
+    assert wheel.call(*here)[0] == 0
+    trained, path = weights(wheel), wheel.folder() / "run.json"
+    info = read_json(path)
+    info["stages"] |= {name: {"status": "waiting"} for name in ("train", "evaluate")}
+    write_json(path, info)
+    write_json(wheel.folder() / "state.json", {"w": 99.0, "step": 29})
+    code, _, err = wheel.call(*here)
+    assert code == 0 and err.count("done before") == 1, err
+    assert weights(wheel) == trained
+
+
+def test_starting_over_is_never_half_a_run(wheel):
+    here = ("run", "toy", "--in-process")
+    assert wheel.call(*here)[0] == 0
+    before = weights(wheel)
+    for words, said in {
+        ("--fresh", "--stages", "evaluate", "--set", "train.lr=0.5"): "without --stages",
+        ("--update", "--stages", "evaluate", "--set", "train.lr=0.5"): "do not name stages",
+    }.items():
+        code, _, err = wheel.call(*here, *words)
+        assert code == 2 and said in err and weights(wheel) == before, err
+    for name in ("config.json", "run.json"):  # damaged: nothing else could start over
+        (wheel.folder() / name).write_text("{")
+        code, _, err = wheel.call(*here, "--fresh")
+        assert code == 0 and "starting over" in err, err
+    assert weights(wheel) == before
 
 
 def test_who_comes_second_waits_and_a_death_frees_the_folder(wheel):
@@ -202,6 +253,25 @@ def test_stage_as_a_program(wheel):
     words = ["-m", "trajbook.toy.evaluate", folder]
     done = subprocess.run([sys.executable, *words], env=wheel.env, capture_output=True, text=True)
     assert done.returncode == 2 and "needs stage train" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "given,words",
+    [
+        ({"preset": "smal"}, "unknown preset 'smal': did you mean 'small'"),
+        ({"overrides": {"train.lrr": 1}}, "unknown field 'train.lrr': did you mean 'train.lr'"),
+        ({"overrides": {"train.steps": "many"}}, "train.steps = 'many'"),
+        ({"overrides": [1]}, "overrides = [1]"),
+        ({"seed": "0"}, "seed is '0'"),
+        ({"seed": True}, "seed is True"),
+        ({"device": 3}, "device = 3"),
+        ({"stage": "trian"}, "did you mean 'train'"),
+    ],
+)
+def test_parameters_of_a_notebook(runs, given, words):
+    with expect_error(TrajbookError, words):
+        prepare("toy", **({"stage": "train"} | given))
+    assert not (runs.root / "data" / "generated" / "runs").exists()
 
 
 # Publishing and claims, in this process: no child is needed to refuse.

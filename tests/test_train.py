@@ -26,12 +26,12 @@ from trajbook.core import TrajbookError, append_jsonl, atomic_folder, atomic_wri
 from trajbook.train import (
     Ema,
     Paused,
-    Shelf,
     Trainer,
     fit,
     live_plot,
     lr_at,
     make_accelerator,
+    newest_state,
     share,
 )
 
@@ -263,7 +263,7 @@ def test_a_loss_that_is_not_finite(tmp_path, log_every, value):
     assert "training 'mae' stopped: the loss of step 10 is not finite" in text
     assert "samples of its batch: 72, 73, 74, 75, 76, 77, 78, 79;" in text
     assert text.endswith("checkpoints/mae/state-8") and "\n" not in text
-    assert Shelf(tmp_path / "checkpoints" / "mae").latest()[1]["step"] == 8
+    assert newest_state(tmp_path / "checkpoints" / "mae")[1]["step"] == 8
 
 
 def test_a_gradient_that_is_not_finite(tmp_path):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLASS_NAME', 'FORMAT', 'HEADER_LIMIT_BYTES', 'HEADER', 'class_name', 'find_class', 'write_tensors', 'read_tensors',
-           'save_checkpoint', 'read_small_json', 'read_header', 'no_larger_than', 'build_model', 'difference', 'load',
-           'pack', 'unpack', 'save_training_state', 'load_training_state', 'rng_state', 'set_rng_state']
+           'check_unchanged', 'save_checkpoint', 'check_is_header', 'read_small_json', 'read_header', 'no_larger_than',
+           'build_model', 'name_difference', 'difference', 'load', 'pack_leaf', 'pack', 'unpack', 'save_training_state',
+           'load_training_state', 'rng_state', 'set_rng_state']
 
 # %% ../nbs/05_checkpoint.ipynb #ca682150
 import dataclasses
@@ -31,13 +32,13 @@ from . import __version__
 from .config import from_dict, to_dict
 from .core import TrajbookError, atomic_folder, atomic_write, read_json, write_json
 
-# %% ../nbs/05_checkpoint.ipynb #42be5e24
-CLASS_NAME = re.compile(r"trajbook(\.(_?[a-z][a-z0-9_]*))+:[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-
-
+# %% ../nbs/05_checkpoint.ipynb #ee40f6ce
 def class_name(cls: type) -> str:  # Such as "trajbook.mae.model:TrajectoryMAE"
     "The name under which a checkpoint remembers a class."
     return f"{cls.__module__}:{cls.__qualname__}"
+
+# %% ../nbs/05_checkpoint.ipynb #c7391544
+CLASS_NAME = re.compile(r"trajbook(\.(_?[a-z][a-z0-9_]*))+:[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
 def find_class(
@@ -85,6 +86,12 @@ def read_tensors(
         reason = "cut off or damaged" if len(data) > 8 else "cut off"
         raise TrajbookError(f"{file} is {reason}: {e}") from None
 
+# %% ../nbs/05_checkpoint.ipynb #04564bb2
+def check_unchanged(file: Path, digest: str, header: dict) -> None:
+    "An error if a tensor file is not the one that the header was written for."
+    if digest != header["sha256"]:
+        raise TrajbookError(f"{file} was changed after it was written: its SHA-256 is another")
+
 # %% ../nbs/05_checkpoint.ipynb #1c76ecb5
 FORMAT = 1
 
@@ -110,20 +117,23 @@ def save_checkpoint(
         write_json(folder / "config.json", header)
     return Path(path)
 
-# %% ../nbs/05_checkpoint.ipynb #616270b5
+# %% ../nbs/05_checkpoint.ipynb #086c9a9a
 HEADER_LIMIT_BYTES = 16_000_000
-HEADER = {"trajbook": str, "method": str, "class": str, "model": dict, "normalizer": dict}
-HEADER |= {"inputs": dict, "outputs": dict, "sha256": str, "extra": dict}
 
 
-def read_small_json(file: Path, fields: dict[str, type]) -> dict:
-    "A JSON object of a known format that has these fields, each of its type."
+def check_is_header(file: Path) -> None:
+    "An error if a file is not there, or too large to be a header."
     if not file.parent.is_dir():
         raise TrajbookError(f"{file.parent} is not a checkpoint: there is no such folder")
     if not file.is_file():
         raise TrajbookError(f"{file.parent} is not a checkpoint: it has no {file.name}")
     if file.stat().st_size > HEADER_LIMIT_BYTES:
         raise TrajbookError(f"{file} is larger than {HEADER_LIMIT_BYTES} bytes: not a header")
+
+# %% ../nbs/05_checkpoint.ipynb #29a03578
+def read_small_json(file: Path, fields: dict[str, type]) -> dict:
+    "A JSON object of a known format that has these fields, each of its type."
+    check_is_header(file)
     header = read_json(file)
     version = header.get("format") if isinstance(header, dict) else None
     if type(version) is not int or version < 1:
@@ -134,6 +144,10 @@ def read_small_json(file: Path, fields: dict[str, type]) -> dict:
     if wrong := [k for k, kind in fields.items() if not isinstance(header.get(k), kind)]:
         raise TrajbookError(f"{file} lacks the field {wrong[0]!r}, or it has the wrong type")
     return header
+
+# %% ../nbs/05_checkpoint.ipynb #8b0f830a
+HEADER = {"trajbook": str, "method": str, "class": str, "model": dict, "normalizer": dict}
+HEADER |= {"inputs": dict, "outputs": dict, "sha256": str, "extra": dict}
 
 
 def read_header(path: str | Path) -> dict:  # Content of `config.json`
@@ -161,7 +175,7 @@ def no_larger_than(
     finally:
         hook.remove()
 
-# %% ../nbs/05_checkpoint.ipynb #0ee0bb1c
+# %% ../nbs/05_checkpoint.ipynb #6d2e7239
 def build_model(
     cls: type,  # What `find_class` gave
     config: dict,  # Values of `cls.Config`
@@ -173,31 +187,36 @@ def build_model(
             return cls(from_dict(cls.Config, config))
     except TrajbookError:
         raise
-    except Exception as e:  # whatever a model's __init__ makes of impossible numbers
+    except Exception as e:
         raise TrajbookError(f"{cls.__name__} cannot be built from its config: {e}") from e
 
-# %% ../nbs/05_checkpoint.ipynb #c83858c8
+# %% ../nbs/05_checkpoint.ipynb #7a8f9995
+def name_difference(
+    expected: set[str],  # Names in the model
+    found: set[str],  # Names in the file
+) -> str:  # "" if they agree
+    "The first thing in which two sets of names differ, in words."
+    if missing := expected - found:
+        return f"lacks {len(missing)} tensors that the model has, such as {min(missing)[:80]!r}"
+    if more := found - expected:
+        return f"has {len(more)} tensors that the model does not have, such as {min(more)[:80]!r}"
+    return ""
+
+# %% ../nbs/05_checkpoint.ipynb #b2818914
 def difference(
     expected: dict[str, Tensor],  # Of the model
     found: dict[str, Tensor],  # In the file
 ) -> str:  # "" if names and shapes agree
     "The first thing in which two sets of named tensors differ, in words."
-    for words, names in (
-        ("lacks {} tensors that the model has, such as {!r}", expected.keys() - found.keys()),
-        (
-            "has {} tensors that the model does not have, such as {!r}",
-            found.keys() - expected.keys(),
-        ),
-    ):
-        if names:
-            return words.format(len(names), min(names)[:80])
+    if words := name_difference(set(expected), set(found)):
+        return words
     for name, tensor in expected.items():
         have, want = tuple(found[name].shape), tuple(tensor.shape)
         if have != want:
             return f"holds {name!r} with shape {have}, and the model needs {want}"
     return ""
 
-# %% ../nbs/05_checkpoint.ipynb #0bd6fdaf
+# %% ../nbs/05_checkpoint.ipynb #45c23538
 def load(
     path: str | Path,  # Folder that `save_checkpoint` wrote
     device: str | torch.device = "cpu",  # Where the model shall be
@@ -214,12 +233,24 @@ def load(
     model = build_model(cls, header["model"], size)
     if wrong := difference(model.state_dict(), tensors):
         raise TrajbookError(f"{file} {wrong}")
-    if digest != header["sha256"]:
-        raise TrajbookError(f"{file} was changed after it was written: its SHA-256 is another")
+    check_unchanged(file, digest, header)
     model.load_state_dict(tensors)
     return model.to(device).eval()
 
-# %% ../nbs/05_checkpoint.ipynb #766a9fb2
+# %% ../nbs/05_checkpoint.ipynb #ac15297c
+def pack_leaf(
+    value: object,  # Number, word, bool or None
+    name: str,  # Path of `value` in the whole
+) -> object:  # What JSON can hold
+    "A plain value as JSON; an error for what could not be read back."
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$": "float", "value": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TrajbookError(f"{name} is a {type(value).__name__}, which a training state cannot hold")
+
+# %% ../nbs/05_checkpoint.ipynb #c0770d35
 def pack(
     value: object,  # Nested dicts, lists, tuples, numbers, words, arrays, tensors
     tensors: dict[str, Tensor],  # Receives every tensor and array
@@ -239,12 +270,7 @@ def pack(
     if isinstance(value, list | tuple):
         items = [pack(v, tensors, f"{name}/{i}") for i, v in enumerate(value)]
         return items if isinstance(value, list) else {"$": "tuple", "value": items}
-    value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"$": "float", "value": str(value)}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TrajbookError(f"{name} is a {type(value).__name__}, which a training state cannot hold")
+    return pack_leaf(value, name)
 
 # %% ../nbs/05_checkpoint.ipynb #42934fe1
 def unpack(
@@ -265,7 +291,7 @@ def unpack(
         return {unpack(k, tensors): unpack(v, tensors) for k, v in inner}
     return tuple(unpack(v, tensors) for v in inner) if kind == "tuple" else float(inner)
 
-# %% ../nbs/05_checkpoint.ipynb #a1d8511f
+# %% ../nbs/05_checkpoint.ipynb #78ce8746
 def save_training_state(
     path: str | Path,  # Folder to write
     state: object,  # Nested dicts, lists, tuples, numbers, words, arrays, tensors
@@ -280,7 +306,7 @@ def save_training_state(
         write_json(folder / "state.json", header | {"meta": meta, "state": tree}, indent=None)
     return Path(path)
 
-
+# %% ../nbs/05_checkpoint.ipynb #7e79e08d
 def load_training_state(
     path: str | Path,  # Folder that `save_training_state` wrote
 ) -> tuple[dict, dict]:  # State, meta
@@ -288,14 +314,13 @@ def load_training_state(
     file = Path(path) / "state.safetensors"
     header = read_small_json(Path(path) / "state.json", {"sha256": str, "meta": dict})
     tensors, digest = read_tensors(file)
-    if digest != header["sha256"]:
-        raise TrajbookError(f"{file} was changed after it was written: its SHA-256 is another")
+    check_unchanged(file, digest, header)
     try:
         return unpack(header["state"], tensors), header["meta"]
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise TrajbookError(f"{Path(path) / 'state.json'} does not fit its tensors: {e}") from None
 
-# %% ../nbs/05_checkpoint.ipynb #54305da9
+# %% ../nbs/05_checkpoint.ipynb #ce99fd0d
 def rng_state() -> dict:  # Fit for `save_training_state`
     "The state of the random generators of Python, NumPy and torch in this process."
     state = {
@@ -306,7 +331,7 @@ def rng_state() -> dict:  # Fit for `save_training_state`
     state["cuda"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return state
 
-
+# %% ../nbs/05_checkpoint.ipynb #13400e61
 def set_rng_state(
     state: dict,  # What `rng_state` gave
 ) -> None:

@@ -176,24 +176,33 @@ def _known(kind: type, values: Mapping, prefix: str) -> None:
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
             _known(hints[name], value, f"{prefix}{name}.")
 
-# %% ../nbs/01_config.ipynb #a9efb034
+# %% ../nbs/01_config.ipynb #f36fb2ba
 def override(
     cfg: C,  # Config to start from
     changes: Mapping[str, object],  # Dotted field name → value
 ) -> C:  # A new config
     "A config with some fields changed by their dotted names."
-    types = field_types(cfg)
+    types, tree = field_types(cfg), {}
     for name, value in changes.items():
         if name not in types:
             raise TrajbookError(nearest(str(name), [*types], "field"))
-        cfg = _replace(cfg, name.split("."), coerce(types[name], value, name))
-    return cfg
+        *branches, leaf = name.split(".")
+        place = tree
+        for branch in branches:
+            place = place.setdefault(branch, {})
+        place[leaf] = coerce(types[name], value, name)
+    return _replace(cfg, tree)
+
+# %% ../nbs/01_config.ipynb #7dc2733e
+def _replace(cfg: C, changes: dict) -> C:
+    new = {
+        k: _replace(getattr(cfg, k), v) if _is_branch(cfg, k, v) else v for k, v in changes.items()
+    }
+    return dataclasses.replace(cfg, **new)
 
 
-def _replace(cfg: C, path: list[str], value: object) -> C:
-    head, *rest = path
-    inner = _replace(getattr(cfg, head), rest, value) if rest else value
-    return dataclasses.replace(cfg, **{head: inner})
+def _is_branch(cfg: object, name: str, value: object) -> bool:
+    return isinstance(value, dict) and dataclasses.is_dataclass(getattr(cfg, name))
 
 # %% ../nbs/01_config.ipynb #c3d9073d
 def load_config_file(path: str | Path) -> dict:

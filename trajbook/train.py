@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['FREE', 'tally', 'means', 'to_tensor', 'to_tensors', 'Source', 'share', 'lr_at', 'BestSoFar', 'Ema',
-           'make_accelerator', 'adamw', 'not_zero', 'norm_row', 'rescale', 'Stepper', 'Reader', 'seed_everything',
-           'Trainer', 'open_trackers', 'Log', 'Shelf', 'begin', 'settings_of', 'Clock', 'Paused', 'visit', 'FitResult',
-           'fit', 'live_plot']
+           'make_accelerator', 'Machine', 'adamw', 'Setup', 'not_zero', 'rescale', 'add_gradients', 'norm_row',
+           'Stepper', 'not_finite', 'Reader', 'seed_everything', 'Trainer', 'state_of', 'load_state', 'release',
+           'rows_to_keep', 'tracker_options', 'open_trackers', 'Log', 'numbered', 'Shelf', 'newest_state', 'sweep',
+           'settings_of', 'check_settings', 'begin', 'Clock', 'Bar', 'Session', 'look', 'keep', 'Paused', 'visit',
+           'run_steps', 'FitResult', 'fit', 'live_plot']
 
 # %% ../nbs/06_train.ipynb #fb5e1dc2
 import copy
@@ -49,7 +51,7 @@ from trajbook.core import (
     read_jsonl,
 )
 
-# %% ../nbs/06_train.ipynb #a6b59602
+# %% ../nbs/06_train.ipynb #bd426bf1
 def tally(
     loss_sum: Tensor,  # () loss summed over what counts
     weight: Tensor | float,  # () how much counted
@@ -62,7 +64,7 @@ def tally(
     flat = [torch.as_tensor(v, **kind).detach() for pair in pairs for v in pair]
     return torch.stack(flat).view(-1, 2)
 
-
+# %% ../nbs/06_train.ipynb #0abbd03e
 def means(
     names: Sequence[str],  # One per row
     sums: np.ndarray,  # (K, 2) sums and weights
@@ -71,7 +73,7 @@ def means(
     values = {n: s / w if w else math.nan for n, (s, w) in zip(names, sums.tolist(), strict=True)}
     return {n: v if math.isfinite(v) else None for n, v in values.items()}
 
-# %% ../nbs/06_train.ipynb #5c353825
+# %% ../nbs/06_train.ipynb #217fcfd0
 def to_tensor(value: Any, device: torch.device) -> Any:
     "An array as a tensor on the device; other things stay what they are."
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
@@ -79,7 +81,7 @@ def to_tensor(value: Any, device: torch.device) -> Any:
         value = value.pin_memory() if device.type == "cuda" else value
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-
+# %% ../nbs/06_train.ipynb #a1c62f48
 def to_tensors(
     batch: dict,  # Arrays or tensors, `sample_id` among them
     device: torch.device,
@@ -208,6 +210,23 @@ def make_accelerator(
         accel.native_amp, accel.scaler = True, torch.amp.GradScaler("cpu")
     return accel
 
+# %% ../nbs/06_train.ipynb #7b9e54fd
+class Machine:
+    "The device of this process, and its place among the processes."
+
+    def __init__(
+        self,
+        precision: str,  # "fp32", "bf16" or "fp16"
+        device: str | torch.device = "auto",
+    ):
+        self.accel = make_accelerator(precision, device)
+        self.world, self.rank = self.accel.num_processes, self.accel.process_index
+        self.is_main, self.device = self.accel.is_main_process, self.accel.device
+
+    def everywhere(self, value: Tensor) -> Tensor:
+        "The sum of a tensor over all processes."
+        return self.accel.reduce(value, "sum") if self.world > 1 else value
+
 # %% ../nbs/06_train.ipynb #ace414ff
 def adamw(
     model: nn.Module,  # On its device
@@ -219,32 +238,9 @@ def adamw(
     options = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
     return torch.optim.AdamW(weights, fused=fused, **options)
 
-# %% ../nbs/06_train.ipynb #f7e1c360
-def not_zero(weight: Tensor) -> Tensor:  # 1 where the weight is 0
-    "A weight that one can divide by: where nothing counts the loss sum is 0 too."
-    return weight + (weight == 0)
-
-
-def norm_row(
-    norm: Tensor,  # () norm of all gradients
-    scaler: object | None,  # Of fp16; overflows are part of its plan and do not count
-) -> Tensor:  # (1, 2) sum and weight
-    "The gradient norm as a row of a table."
-    finite = torch.isfinite(norm) if scaler else torch.ones_like(norm)
-    row = torch.stack([torch.where(finite.bool(), norm, 0.0), finite.to(norm.dtype)])
-    return row.float().detach().view(1, 2)
-
-
-@torch.no_grad()
-def rescale(parameters: Sequence[nn.Parameter], factor: Tensor) -> None:
-    "Multiply all gradients by a number."
-    for p in parameters:
-        if p.grad is not None:
-            p.grad.mul_(factor)
-
-# %% ../nbs/06_train.ipynb #f5de857e
-class Stepper:
-    "A model, its optimizer and its average: what one training step moves forward."
+# %% ../nbs/06_train.ipynb #1733e445
+class Setup(Machine):
+    "A model, its optimizer and its average, ready for the first step."
 
     def __init__(
         self,
@@ -257,55 +253,100 @@ class Stepper:
         optimizer: Callable = adamw,  # (model, cfg) -> optimizer
         name: str = "",  # Of this training within the run
     ):
+        super().__init__(cfg.precision, device)
         self.cfg, self.loss_fn, self.seed, self.name = cfg, loss_fn, seed, name
         self.step, self.best, self.stopped = 0, BestSoFar(cfg), ""
         self.names, self.pending, self.rows, self.last_good = [], [], [], None
-        self.accel = make_accelerator(cfg.precision, device)
-        self.world, self.rank = self.accel.num_processes, self.accel.process_index
-        self.is_main, self.device = self.accel.is_main_process, self.accel.device
         self.module = model.to(self.device)
         self.ema = Ema(model, cfg.ema_decay) if cfg.ema_decay else None
         self.model, self.optimizer = self.accel.prepare(model, optimizer(model, cfg))
-        self.weights = self.module  # what is validated and saved
+        self.weights = self.module
         if self.ema:
             self.weights = self.accel.prepare_model(self.ema.model, evaluation_mode=True)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.model.train()
 
-    def everywhere(self, value: Tensor) -> Tensor:
-        "The sum of a tensor over all processes."
-        return self.accel.reduce(value, "sum") if self.world > 1 else value
+# %% ../nbs/06_train.ipynb #b1149259
+def not_zero(weight: Tensor) -> Tensor:  # 1 where the weight is 0
+    "A weight that one can divide by: where nothing counts the loss sum is 0 too."
+    return weight + (weight == 0)
+
+# %% ../nbs/06_train.ipynb #469c925b
+@torch.no_grad()
+def rescale(parameters: Sequence[nn.Parameter], factor: Tensor) -> None:
+    "Multiply all gradients by a number."
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.mul_(factor)
+
+# %% ../nbs/06_train.ipynb #13f174b1
+def add_gradients(
+    setup: Setup,
+    batches: list[dict],  # Of this process, for one step
+) -> tuple[Tensor, list[str]]:  # Sums and weights (K, 2), names of the rows
+    "Fill the gradients with those of the mean over everything that counts."
+    sums = reference = None
+    for i, batch in enumerate(batches):
+        last = i + 1 == len(batches)
+        with nullcontext() if last else setup.accel.no_sync(setup.model):
+            batch = to_tensors(batch, setup.device, setup.step)
+            loss_sum, weight, metrics = setup.loss_fn(setup.model, batch)
+            part = tally(loss_sum, weight, metrics)
+            if reference is None:
+                reference = not_zero(setup.everywhere(part[0, 1]))
+            setup.accel.backward(loss_sum * (setup.world / reference))
+        sums = part if sums is None else sums + part
+    if len(batches) > 1:
+        rescale(setup.parameters, reference / not_zero(setup.everywhere(sums[0, 1])))
+    return sums, ["loss", *metrics]
+
+# %% ../nbs/06_train.ipynb #a8476fcf
+def norm_row(
+    norm: Tensor,  # () norm of all gradients
+    scaler: object | None,  # Of fp16; overflows are part of its plan and do not count
+) -> Tensor:  # (1, 2) sum and weight
+    "The gradient norm as a row of a table."
+    finite = torch.isfinite(norm) if scaler else torch.ones_like(norm)
+    row = torch.stack([torch.where(finite.bool(), norm, 0.0), finite.to(norm.dtype)])
+    return row.float().detach().view(1, 2)
+
+# %% ../nbs/06_train.ipynb #f2981bb2
+class Stepper(Setup):
+    "A setup that can take steps."
 
     def update(self, batches: list[dict]) -> None:
         "One optimizer step over these batches of this process."
+        lr = lr_at(self.step, self.cfg) * self.best.lr_scale
         for group in self.optimizer.param_groups:
-            group["lr"] = (
-                lr_at(self.step, self.cfg) * self.best.lr_scale * group.get("lr_factor", 1)
-            )
-        sums = reference = None
-        for i, batch in enumerate(batches):
-            last = i + 1 == len(batches)
-            with nullcontext() if last else self.accel.no_sync(self.model):
-                batch = to_tensors(batch, self.device, self.step)
-                loss_sum, weight, metrics = self.loss_fn(self.model, batch)
-                part = tally(loss_sum, weight, metrics)
-                if reference is None:
-                    reference = not_zero(self.everywhere(part[0, 1]))
-                self.accel.backward(loss_sum * (self.world / reference))
-            sums = part if sums is None else sums + part
-        if len(batches) > 1:
-            rescale(self.parameters, reference / not_zero(self.everywhere(sums[0, 1])))
+            group["lr"] = lr * group.get("lr_factor", 1)
+        sums, names = add_gradients(self, batches)
         norm = self.accel.clip_grad_norm_(self.parameters, self.cfg.clip_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema:
             self.ema.update()
-        self.step += 1
-        self.names = ["loss", *metrics, "grad_norm"]
+        self.step, self.names = self.step + 1, [*names, "grad_norm"]
         ids = [b["sample_id"] for b in batches if "sample_id" in b]
         self.pending.append((self.step, ids, torch.cat([sums, norm_row(norm, self.accel.scaler)])))
 
-# %% ../nbs/06_train.ipynb #e85dc70d
+# %% ../nbs/06_train.ipynb #29a0e92e
+def not_finite(
+    stepper: Stepper,
+    step: int,  # The first bad one
+    ids: list,  # Sample ids of this process's batches of that step
+    what: str,  # "loss" or "gradient"
+) -> TrajbookError:
+    "The error that stops a training, with all that helps to find the cause."
+    mine = [int(i) for part in ids for i in torch.as_tensor(part).flatten().tolist()]
+    named = gather_object(mine) if stepper.world > 1 else mine
+    shown = ", ".join(map(str, named[:64])) + (", …" if len(named) > 64 else "")
+    where = f"training {stepper.name!r}" if stepper.name else "training"
+    return TrajbookError(
+        f"{where} stopped: the {what} of step {step} is not finite; samples of its batch: "
+        f"{shown or 'unknown'}; last good checkpoint: {stepper.last_good or 'none yet'}"
+    )
+
+# %% ../nbs/06_train.ipynb #7ca748f0
 class Reader(Stepper):
     "Steps, and what they gave."
 
@@ -320,19 +361,9 @@ class Reader(Stepper):
             bad = int(finite.argmin())
             in_loss = not np.isfinite(sums[bad, 0]).all()
             innocent = in_loss and mine[bad, 0].isfinite().all().item()
-            self.report(steps[bad], [] if innocent else ids[bad], "loss" if in_loss else "gradient")
+            what = "loss" if in_loss else "gradient"
+            raise not_finite(self, steps[bad], [] if innocent else ids[bad], what)
         return means(self.names, sums.sum(axis=0))
-
-    def report(self, step: int, ids: list, what: str) -> None:
-        "Stop with all that helps to find the cause."
-        mine = [int(i) for part in ids for i in torch.as_tensor(part).flatten().tolist()]
-        named = gather_object(mine) if self.world > 1 else mine
-        shown = ", ".join(map(str, named[:64])) + (", …" if len(named) > 64 else "")
-        where = f"training {self.name!r}" if self.name else "training"
-        raise TrajbookError(
-            f"{where} stopped: the {what} of step {step} is not finite; samples of its batch: "
-            f"{shown or 'unknown'}; last good checkpoint: {self.last_good or 'none yet'}"
-        )
 
 # %% ../nbs/06_train.ipynb #bbdb9eb9
 def seed_everything(*key: int | str) -> None:
@@ -342,9 +373,9 @@ def seed_everything(*key: int | str) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
 
-# %% ../nbs/06_train.ipynb #b53b1d89
+# %% ../nbs/06_train.ipynb #4c73b0d8
 class Trainer(Reader):
-    "A training: steps, what they gave, validation, and a state that can be written down."
+    "A training: steps, what they gave, and validation."
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[dict]) -> dict[str, float | None]:
@@ -362,65 +393,83 @@ class Trainer(Reader):
         set_rng_state(generators)
         return means([f"val_{n}" for n in names], self.everywhere(sums).cpu().double().numpy())
 
-    def state(self, source: Source) -> dict:
-        "All that the next step depends on; every process must call it."
-        mine = {"rng": rng_state(), "data": source.state()}
-        scaler = self.accel.scaler
-        return {
-            "model": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": [self.ema.model.state_dict(), self.ema.updates] if self.ema else None,
-            "scaler": scaler.state_dict() if scaler else None,
-            "best": self.best.state(),
-            "processes": gather_object([mine]) if self.world > 1 else [mine],
-        }
+# %% ../nbs/06_train.ipynb #ebb5132c
+def state_of(trainer: Trainer, source: Source) -> dict:  # Fit for `save_training_state`
+    "All that the next step depends on; every process must call it."
+    mine = {"rng": rng_state(), "data": source.state()}
+    scaler = trainer.accel.scaler
+    return {
+        "model": trainer.module.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "ema": [trainer.ema.model.state_dict(), trainer.ema.updates] if trainer.ema else None,
+        "scaler": scaler.state_dict() if scaler else None,
+        "best": trainer.best.state(),
+        "processes": gather_object([mine]) if trainer.world > 1 else [mine],
+    }
 
-    def load(self, state: dict, source: Source) -> None:
-        "Go to where `state` was written."
-        self.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
-            self.ema.model.load_state_dict(state["ema"][0])
-            self.ema.updates = state["ema"][1]
-        if self.accel.scaler:
-            self.accel.scaler.load_state_dict(state["scaler"])
-        vars(self.best).update(state["best"])
-        mine = state["processes"][self.rank]
-        source.load(mine["data"])
-        set_rng_state(mine["rng"])
+# %% ../nbs/06_train.ipynb #148294b8
+def load_state(trainer: Trainer, source: Source, state: dict) -> None:
+    "Go to where `state_of` was called."
+    trainer.module.load_state_dict(state["model"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    if trainer.ema:
+        trainer.ema.model.load_state_dict(state["ema"][0])
+        trainer.ema.updates = state["ema"][1]
+    if trainer.accel.scaler:
+        trainer.accel.scaler.load_state_dict(state["scaler"])
+    vars(trainer.best).update(state["best"])
+    mine = state["processes"][trainer.rank]
+    source.load(mine["data"])
+    set_rng_state(mine["rng"])
 
-    def release(self) -> None:
-        "Give the model back as it came, without Accelerate's wrapping."
-        for key in ("forward", "_original_forward", "_is_accelerate_prepared"):
-            self.module.__dict__.pop(key, None)
+# %% ../nbs/06_train.ipynb #7ae9d132
+def release(trainer: Trainer) -> None:
+    "Give the model back as it came, without Accelerate's wrapping."
+    for key in ("forward", "_original_forward", "_is_accelerate_prepared"):
+        trainer.module.__dict__.pop(key, None)
 
-# %% ../nbs/06_train.ipynb #04100c20
-def open_trackers(
-    names: Sequence[str],  # Such as ("tensorboard", "wandb")
+# %% ../nbs/06_train.ipynb #9dc33882
+def rows_to_keep(
+    file: Path,  # `log.jsonl`, may be missing
+    name: str,  # Of this training
+    start: int,  # Steps done so far
+) -> list[dict]:
+    "Rows of other trainings, and those of this one up to a step."
+    return [r for r in read_jsonl(file) if r.get("name") != name or r["step"] <= start]
+
+# %% ../nbs/06_train.ipynb #4d792ff4
+def tracker_options(
     run_dir: Path,
     run: str,  # Name of the training
     start: int,  # Steps done so far
     config: dict,
+) -> dict[str, tuple[str, dict]]:  # Name of the tracker -> project, further options
+    "How the trackers that we know are told about a training."
+    folder, name = run_dir / "tensorboard", f"{run_dir.name}-{run}"
+    return {
+        "tensorboard": (run, {"logging_dir": folder, "purge_step": start + 1}),
+        "wandb": ("trajbook", {"dir": str(run_dir), "name": name, "config": config}),
+    }
+
+# %% ../nbs/06_train.ipynb #14c7a58c
+def open_trackers(
+    names: Sequence[str],  # Such as ("tensorboard", "wandb")
+    options: dict[str, tuple[str, dict]],  # From `tracker_options`
 ) -> list:  # Accelerate trackers, started
     "Start the trackers that were asked for."
-    options = {
-        "tensorboard": {"logging_dir": run_dir / "tensorboard", "purge_step": start + 1},
-        "wandb": {"dir": str(run_dir), "name": f"{run_dir.name}-{run}", "config": config},
-    }
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS or importlib.util.find_spec(name) is None:
             raise TrajbookError(
                 f"tracker {name!r} is not installed; leave it out of train.trackers"
             )
-    project = {"tensorboard": run}  # its folder; the others group runs by project
-    opened = [
-        LOGGER_TYPE_TO_CLASS[n](project.get(n, "trajbook"), **options.get(n, {})) for n in names
-    ]
-    for tracker in opened:
-        tracker.start()
+    opened = []
+    for name in names:
+        project, further = options.get(name, ("trajbook", {}))
+        opened.append(LOGGER_TYPE_TO_CLASS[name](project, **further))
+        opened[-1].start()
     return opened
 
-# %% ../nbs/06_train.ipynb #93450f31
+# %% ../nbs/06_train.ipynb #1a6ab0a8
 class Log:
     "The rows of one training, in `log.jsonl` and in trackers."
 
@@ -433,14 +482,13 @@ class Log:
         is_main: bool = True,  # Other processes write nothing
     ):
         self.file, self.name, self.is_main, self.trackers = run_dir / "log.jsonl", name, is_main, []
-        mine = lambda row: row.get("name") == name  # noqa: E731
-        kept = [r for r in read_jsonl(self.file) if not mine(r) or r["step"] <= start]
-        self.rows = [r for r in kept if mine(r)]
+        kept = rows_to_keep(self.file, name, start)
+        self.rows = [r for r in kept if r.get("name") == name]
         if is_main and self.file.exists():
             atomic_write(self.file, "".join(json.dumps(r) + "\n" for r in kept))
         if is_main and cfg is not None:
-            run = name or "train"
-            self.trackers = open_trackers(cfg.trackers, run_dir, run, start, to_dict(cfg))
+            options = tracker_options(run_dir, name or "train", start, to_dict(cfg))
+            self.trackers = open_trackers(cfg.trackers, options)
 
     def add(self, row: dict) -> None:
         "Write a row everywhere."
@@ -456,9 +504,18 @@ class Log:
         for tracker in self.trackers:
             tracker.finish()
 
-# %% ../nbs/06_train.ipynb #c5bb4836
+# %% ../nbs/06_train.ipynb #e5d564ec
+def numbered(
+    folder: Path,  # Of one training
+    kind: str,  # "step" or "state"
+) -> list[int]:
+    "Steps of which there is a `step` or a `state`, in order."
+    found = (p.name.removeprefix(f"{kind}-") for p in folder.glob(f"{kind}-*"))
+    return sorted(int(n) for n in found if n.isdigit())
+
+# %% ../nbs/06_train.ipynb #e28a924b
 class Shelf:
-    "The checkpoints and states of one training: `best`, `final`, `step-N`, `state-N`."
+    "Where one training puts its checkpoints and states: `best`, `final`, `step-N`, `state-N`."
 
     def __init__(
         self,
@@ -469,48 +526,69 @@ class Shelf:
         self.folder, self.save = folder, save
         self.keep = {"step": keep, "state": max(1, keep)}
 
-    def steps(self, kind: str) -> list[int]:
-        "Steps of which there is a `step` or a `state`, in order."
-        found = (p.name.removeprefix(f"{kind}-") for p in self.folder.glob(f"{kind}-*"))
-        return sorted(int(n) for n in found if n.isdigit())
-
     def put(self, name: str, model: nn.Module) -> None:
         "Write a model, if we were told how."
         if self.save is not None:
             self.save(model, self.folder / name)
 
-    def store(self, step: int, model: nn.Module, state: dict, meta: dict) -> Path:
+    def store(self, step: int, model: nn.Module, state: dict, meta: dict) -> None:
         "Write a state, with the model beside it, and remove old ones."
         if self.keep["step"]:
             self.put(f"step-{step}", model)
-        path = save_training_state(self.folder / f"state-{step}", state, meta)
+        save_training_state(self.folder / f"state-{step}", state, meta)
         for kind, keep in self.keep.items():
-            for old in self.steps(kind)[: max(0, len(self.steps(kind)) - keep)]:
+            steps = numbered(self.folder, kind)
+            for old in steps[: max(0, len(steps) - keep)]:
                 shutil.rmtree(self.folder / f"{kind}-{old}", ignore_errors=True)
-        return path
 
-    def latest(self) -> tuple[dict, dict] | None:  # State and meta
-        "The newest state that is whole, or None if there has never been one."
-        problems = []
-        for step in reversed(self.steps("state")):
-            try:
-                return load_training_state(self.folder / f"state-{step}")
-            except TrajbookError as e:
-                problems.append(e)
-                warnings.warn(f"skipped a training state: {e}", stacklevel=2)
-        if problems:
-            raise problems[0]
-        return None
+# %% ../nbs/06_train.ipynb #c90226c0
+def newest_state(
+    folder: Path,  # Of one training
+) -> tuple[dict, dict] | None:  # State and meta
+    "The newest state that is whole, or None if there has never been one."
+    problems = []
+    for step in reversed(numbered(folder, "state")):
+        try:
+            return load_training_state(folder / f"state-{step}")
+        except TrajbookError as e:
+            problems.append(e)
+            warnings.warn(f"skipped a training state: {e}", stacklevel=2)
+    if problems:
+        raise problems[0]
+    return None
 
-    def sweep(self, everything: bool = False) -> None:
-        "Remove what a killed process left half done, or all that this training wrote."
-        names = [".best.*", ".final.*", ".step-*", ".state-*"]
-        names += ["best", "final", "step-*", "state-*"] if everything else []
-        for name in names:
-            for path in self.folder.glob(name):
-                shutil.rmtree(path, ignore_errors=True)
+# %% ../nbs/06_train.ipynb #bfd9d5fa
+def sweep(
+    folder: Path,  # Of one training
+    everything: bool = False,  # Also what is whole
+) -> None:
+    "Remove what a killed process left half done, or all that this training wrote."
+    names = [".best.*", ".final.*", ".step-*", ".state-*"]
+    names += ["best", "final", "step-*", "state-*"] if everything else []
+    for name in names:
+        for path in folder.glob(name):
+            shutil.rmtree(path, ignore_errors=True)
 
-# %% ../nbs/06_train.ipynb #1d178173
+# %% ../nbs/06_train.ipynb #242b6ab7
+FREE = ("log_every", "save_every", "keep_checkpoints", "trackers")  # change nothing in the weights
+
+
+def settings_of(trainer: Trainer) -> dict:  # Dotted name -> value
+    "What must not change when a training goes on."
+    train = {f"train.{k}": v for k, v in to_dict(trainer.cfg).items() if k not in FREE}
+    return {"seed": trainer.seed, "processes": trainer.world} | train
+
+# %% ../nbs/06_train.ipynb #26476e02
+def check_settings(trainer: Trainer, meta: dict, folder: Path) -> None:
+    "An error if a state was made with settings other than those of this training."
+    for what, now in settings_of(trainer).items():
+        if meta.get(what) != now:
+            raise TrajbookError(
+                f"{folder} holds a training with {what} = {meta.get(what)!r}, not {now!r}: "
+                "use a new folder, or start again without resuming"
+            )
+
+# %% ../nbs/06_train.ipynb #66ce47e2
 def begin(
     trainer: Trainer,
     source: Source,
@@ -520,36 +598,22 @@ def begin(
     "Seed everything, and go on from the newest state if there is one."
     seed_everything(trainer.seed, "fit", trainer.name, trainer.rank)
     if trainer.is_main:
-        shelf.sweep(everything=not resume)
+        sweep(shelf.folder, everything=not resume)
     trainer.accel.wait_for_everyone()
-    if (found := shelf.latest()) is None:
+    if (found := newest_state(shelf.folder)) is None:
         return 0.0
     state, meta = found
-    for what, now in settings_of(trainer).items():
-        if meta.get(what) != now:
-            raise TrajbookError(
-                f"{shelf.folder} holds a training with {what} = {meta.get(what)!r}, not {now!r}: "
-                "use a new folder, or start again without resuming"
-            )
-    trainer.load(state, source)
+    check_settings(trainer, meta, shelf.folder)
+    load_state(trainer, source, state)
     trainer.step, trainer.stopped = meta["step"], meta["stopped"]
     trainer.last_good = shelf.folder / f"state-{trainer.step}"
     if shelf.save and not (shelf.folder / "best").exists():
         trainer.best.val = math.inf  # lost while it was replaced: the next one is the best
     return meta["time_s"]
 
-
-FREE = ("log_every", "save_every", "keep_checkpoints", "trackers")  # change nothing in the weights
-
-
-def settings_of(trainer: Trainer) -> dict:  # Dotted name -> value
-    "What must not change when a training goes on."
-    train = {f"train.{k}": v for k, v in to_dict(trainer.cfg).items() if k not in FREE}
-    return {"seed": trainer.seed, "processes": trainer.world} | train
-
-# %% ../nbs/06_train.ipynb #b33ebd51
+# %% ../nbs/06_train.ipynb #28fcb4c8
 class Clock:
-    "What is due after a step, the time it took, and the progress bar."
+    "What is due after a step, and the time it took."
 
     def __init__(
         self,
@@ -557,11 +621,8 @@ class Clock:
         before: float = 0.0,  # Seconds spent before this start
         limit_s: float | None = None,  # Pause after this time
     ):
-        self.trainer, self.limit_s, self.start = trainer, limit_s, time.monotonic()
-        self.before, self.bar = before, None
-        if trainer.is_main:
-            self.bar = progress(total=trainer.cfg.steps, desc=trainer.name or "train", unit="step")
-            self.bar.n = self.bar.initial = trainer.step
+        self.trainer, self.before, self.limit_s = trainer, before, limit_s
+        self.start = time.monotonic()
 
     def due(self, has_val: bool) -> set[str]:  # Of "log", "eval", "save", "pause"
         "What has to be done after the step that was just taken."
@@ -576,59 +637,107 @@ class Clock:
                 found |= {"save", "pause"}
         return found
 
-    def tick(self, row: dict | None = None) -> None:
-        "Move the bar by a step, or show the numbers of a row."
-        if self.bar is not None and row is None:
-            self.bar.update()
-        elif self.bar is not None:
-            shown = {k: f"{row[k]:.3g}" for k in ("loss", "val_loss") if row.get(k) is not None}
-            self.bar.set_postfix(shown, refresh=False)
-
     def seconds(self) -> float:
         "Time spent on this training, all its parts together."
         return round(self.before + time.monotonic() - self.start, 3)
+
+# %% ../nbs/06_train.ipynb #9925e632
+class Bar:
+    "The progress bar of a training, on the first process."
+
+    def __init__(self, trainer: Trainer):
+        self.bar = None
+        if trainer.is_main:
+            self.bar = progress(total=trainer.cfg.steps, desc=trainer.name or "train", unit="step")
+            self.bar.n = self.bar.initial = trainer.step
+
+    def move(self) -> None:
+        "One step further."
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, row: dict) -> None:
+        "The losses of a row, beside the bar."
+        if self.bar is not None:
+            shown = {k: f"{row[k]:.3g}" for k in ("loss", "val_loss") if row.get(k) is not None}
+            self.bar.set_postfix(shown, refresh=False)
 
     def close(self) -> None:
         "Finish the bar."
         if self.bar is not None:
             self.bar.close()
 
-# %% ../nbs/06_train.ipynb #442a87e6
+# %% ../nbs/06_train.ipynb #57dc46e6
+@dataclass(frozen=True)
+class Session:
+    "Everything that one call of `fit` works with."
+
+    trainer: Trainer
+    source: Source
+    shelf: Shelf
+    log: Log
+    clock: Clock
+    bar: Bar
+    val: list[dict]  # Validation batches
+    after_eval: Sequence[Callable]  # Called as fn(trainer, row)
+
+# %% ../nbs/06_train.ipynb #b76e9bf1
+def look(
+    session: Session,
+    validate: bool,  # Also on the validation batches
+) -> None:
+    "Read the numbers of the last steps, validate, and write a row."
+    trainer = session.trainer
+    lr = trainer.optimizer.param_groups[0]["lr"]
+    row = {"step": trainer.step} | trainer.drain() | {"lr": lr}
+    if validate:
+        row |= trainer.evaluate(session.val)
+        if trainer.best.update(row["val_loss"], trainer.step) and trainer.is_main:
+            session.shelf.put("best", trainer.weights)
+    session.log.add(row | {"time_s": session.clock.seconds()})
+    session.bar.show(row)
+    for fn in session.after_eval if validate else ():
+        fn(trainer, session.log.rows[-1])
+
+# %% ../nbs/06_train.ipynb #e91a6933
+def keep(session: Session) -> None:
+    "Write the state, and the model beside it."
+    trainer, step = session.trainer, session.trainer.step
+    state, meta = state_of(trainer, session.source), settings_of(trainer)
+    meta |= {"step": step, "stopped": trainer.stopped, "time_s": session.clock.seconds()}
+    if trainer.is_main:
+        session.shelf.store(step, trainer.weights, state, meta)
+    trainer.last_good = session.shelf.folder / f"state-{step}"
+
+# %% ../nbs/06_train.ipynb #8bdfe34a
 class Paused(TrajbookError):
     "The time limit was reached; the same call again goes on."
 
-
+# %% ../nbs/06_train.ipynb #63aa612a
 def visit(
-    trainer: Trainer,
-    source: Source,
-    shelf: Shelf,
-    log: Log,
-    clock: Clock,
+    session: Session,
     due: set[str],  # What `Clock.due` found
-    val: list[dict],  # Validation batches
-    after_eval: Sequence[Callable],
 ) -> None:
     "Log, validate, save and pause, as far as they are due."
-    step, lr = trainer.step, trainer.optimizer.param_groups[0]["lr"]
-    row = {"step": step} | trainer.drain() | {"lr": lr}
-    if "eval" in due:
-        row |= trainer.evaluate(val)
-        if trainer.best.update(row["val_loss"], step) and trainer.is_main:
-            shelf.put("best", trainer.weights)
-    log.add(row | {"time_s": clock.seconds()})
-    clock.tick(row)
-    for look in after_eval if "eval" in due else ():
-        look(trainer, log.rows[-1])
+    trainer = session.trainer
+    look(session, validate="eval" in due)
     if "save" in due or trainer.stopped:
-        state, meta = trainer.state(source), settings_of(trainer)
-        meta |= {"step": step, "stopped": trainer.stopped, "time_s": clock.seconds()}
-        if trainer.is_main:
-            shelf.store(step, trainer.weights, state, meta)
-        trainer.last_good = shelf.folder / f"state-{step}"
+        keep(session)
     if "pause" in due and not trainer.stopped:
-        raise Paused(f"training paused at step {step} of {trainer.cfg.steps}: the time was up")
+        steps = f"{trainer.step} of {trainer.cfg.steps}"
+        raise Paused(f"training paused at step {steps}: the time was up")
 
-# %% ../nbs/06_train.ipynb #ed65a2dd
+# %% ../nbs/06_train.ipynb #e47480fb
+def run_steps(session: Session) -> None:
+    "Train to the last step, or until somebody stops it."
+    cfg = session.trainer.cfg
+    while session.trainer.step < cfg.steps and not session.trainer.stopped:
+        session.trainer.update(session.source.take(cfg.accumulate))
+        session.bar.move()
+        if due := session.clock.due(bool(session.val)):
+            visit(session, due)
+
+# %% ../nbs/06_train.ipynb #62d38f1e
 @dataclass(frozen=True)
 class FitResult:
     "How a training ended."
@@ -638,7 +747,7 @@ class FitResult:
     best_val: float | None  # That loss
     stopped: str = ""  # Reason given by an `after_eval` function, "" if all steps were done
 
-
+# %% ../nbs/06_train.ipynb #5a7a472b
 def fit(
     model: nn.Module,  # With its initial weights
     loss_fn: Callable,  # (model, batch) -> (loss_sum, weight, {name: mean or (sum, weight)})
@@ -662,17 +771,13 @@ def fit(
     trainer, source = Trainer(model, loss_fn, cfg, **options), Source(batches)
     shelf = Shelf(run_dir / "checkpoints" / name, cfg.keep_checkpoints, save)
     with ExitStack() as at_end:
-        at_end.callback(trainer.release)
+        at_end.callback(release, trainer)
         before = begin(trainer, source, shelf, resume)
         first, log = trainer.step, Log(run_dir, name, trainer.step, cfg, trainer.is_main)
         at_end.callback(log.close)
-        clock, trainer.rows = Clock(trainer, before, stop_after_s), log.rows
-        at_end.callback(clock.close)
-        while trainer.step < cfg.steps and not trainer.stopped:
-            trainer.update(source.take(cfg.accumulate))
-            clock.tick()
-            if due := clock.due(bool(val)):
-                visit(trainer, source, shelf, log, clock, due, val, after_eval)
+        clock, bar, trainer.rows = Clock(trainer, before, stop_after_s), Bar(trainer), log.rows
+        at_end.callback(bar.close)
+        run_steps(Session(trainer, source, shelf, log, clock, bar, val, after_eval))
         if trainer.is_main and (trainer.step > first or not (shelf.folder / "final").exists()):
             shelf.put("final", trainer.weights)
         trainer.accel.wait_for_everyone()

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SUITES', 'stopwatch', 'one_thread', 'measure', 'time_ratio', 'bf16_support', 'matmul_side', 'Ratio', 'Suite',
-           'evaluate_suite', 'Sizes', 'FullModel', 'our_model', 'torch_encoder', 'BertSdpa', 'fastpath_off',
-           'AsymmetricModel', 'forward_side', 'train_side', 'mae_suite', 'add_bf16_sides', 'mae_ratios', 'quiet_stderr',
-           'time_shares', 'run_bench', 'bench_path', 'write_bench', 'read_bench', 'bench_table', 'speed_picture',
-           'shares_picture']
+           'absolute_rates', 'evaluate_suite', 'document_network', 'forward_flops', 'with_encoder', 'torch_encoder',
+           'fastpath_off', 'BertSdpa', 'motion_with_holes', 'forward_side', 'train_side', 'add_yardsticks',
+           'add_forward_sides', 'add_bf16_sides', 'fp32_ratios', 'bf16_ratios', 'mae_ratios', 'mae_suite',
+           'quiet_stderr', 'part_of', 'time_shares', 'measurable_device', 'run_bench', 'bench_path', 'write_bench',
+           'read_bench', 'ratio_row', 'rate_row', 'bench_table', 'ratio_picture', 'speed_picture', 'shares_picture']
 
-# %% ../../nbs/apps/61_bench.ipynb #dbbea3e6
+# %% ../../nbs/apps/61_bench.ipynb #296adeb0
 import contextlib
 import gc
 import importlib.util
@@ -19,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +30,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import TrajbookError, progress, read_json, results_dir, rng, write_json
-from ..nn import Encoder, Linear, encoder_flops, sinusoidal_positions
+from ..mae.data import FEATURES, ModelConfig, document_variant
+from ..mae.model import TrajectoryMAE, eval_masks
+from ..mae.train import loss_fn
+from ..nn import Linear, encoder_flops
 from ..run import hardware, versions
+from ..train import adamw
 from ..viz import Picture, Table, bars
 
-# %% ../../nbs/apps/61_bench.ipynb #b25ddc02
+# %% ../../nbs/apps/61_bench.ipynb #fdfc1b4c
 def stopwatch(
     device: str = "cpu",  # "cpu" or "cuda"
 ) -> Callable[[Callable], float]:  # Times one call, in seconds
@@ -51,7 +57,7 @@ def stopwatch(
 
     return seconds
 
-
+# %% ../../nbs/apps/61_bench.ipynb #2af7c397
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     "One PyTorch thread inside, as many as before outside."
@@ -93,7 +99,7 @@ def time_ratio(
     value = factor * np.median(a) / np.median(b)
     return {"value": float(value), "lo": float(lo), "hi": float(hi)}
 
-# %% ../../nbs/apps/61_bench.ipynb #b1e84314
+# %% ../../nbs/apps/61_bench.ipynb #017e305d
 def bf16_support(
     device: str = "cpu",
 ) -> str | None:  # "native" (GPU, AMX), "avx512" or None
@@ -105,7 +111,7 @@ def bf16_support(
         return "native"
     return "avx512" if found.get("avx512_bf16") else None
 
-
+# %% ../../nbs/apps/61_bench.ipynb #259fa70b
 def matmul_side(
     dtype: torch.dtype,  # Number format
     device: str = "cpu",
@@ -119,7 +125,7 @@ def matmul_side(
     layer = Linear(n, n, bias=False).to(dtype).eval()
     return torch.inference_mode()(lambda: layer(a))
 
-# %% ../../nbs/apps/61_bench.ipynb #5747e68d
+# %% ../../nbs/apps/61_bench.ipynb #ea13b87f
 @dataclass(frozen=True)
 class Ratio:
     "One reported number: time of `over` divided by time of `under`, times `factor`."
@@ -130,7 +136,7 @@ class Ratio:
     meaning: str
     factor: float = 1.0
 
-
+# %% ../../nbs/apps/61_bench.ipynb #abfedda2
 @dataclass
 class Suite:
     "What one method measures."
@@ -141,113 +147,79 @@ class Suite:
     missing: dict[str, str] = field(default_factory=dict)  # Side -> why it cannot run
     profile: str = ""  # Side whose time is broken down
 
+    def add(self, name: str, side: Callable, items: int = 0, flops: float = 0.0) -> None:
+        "Take a side in; where its operations are known, its speed is reported too."
+        self.sides[name] = side
+        if flops:
+            self.work[name] = (items, flops)
 
+# %% ../../nbs/apps/61_bench.ipynb #b85e47b3
+def absolute_rates(
+    suite: Suite,
+    times: dict[str, list[float]],  # From `measure`
+) -> dict[str, dict[str, float]]:  # Side -> seconds, GFLOP/s, trajectories/s
+    "Speed of every side whose work is known."
+    found = {}
+    for side, (items, flops) in suite.work.items():
+        if side in times:
+            s = statistics.median(times[side])
+            found[side] = {"median_s": s, "gflop_per_s": flops / s / 1e9}
+            found[side] |= {"trajectories_per_s": items / s} if items else {}
+    return found
+
+# %% ../../nbs/apps/61_bench.ipynb #651d74d7
 def evaluate_suite(
     suite: Suite,
     times: dict[str, list[float]],  # From `measure`
 ) -> dict:  # {"ratios", "meanings", "reasons", "rates"}
     "Ratios and absolute rates of a measured suite; missing sides give null and a reason."
-    found = {"ratios": {}, "meanings": {}, "reasons": {}, "rates": {}}
+    found = {"ratios": {}, "meanings": {}, "reasons": {}, "rates": absolute_rates(suite, times)}
     for r in suite.ratios:
-        why = next((suite.missing.get(s) for s in (r.over, r.under) if s not in times), None)
-        found["ratios"][r.key] = (
-            None if why else time_ratio(times[r.over], times[r.under], r.factor)
-        )
-        found["meanings"][r.key] = r.meaning
-        found["reasons"] |= {r.key: why} if why else {}
-    for side, (items, flops) in suite.work.items():
-        if side in times:
-            s = statistics.median(times[side])
-            found["rates"][side] = {"median_s": s, "gflop_per_s": flops / s / 1e9}
-            found["rates"][side] |= {"trajectories_per_s": items / s} if items else {}
+        found["meanings"][r.key], found["ratios"][r.key] = r.meaning, None
+        absent = [side for side in (r.over, r.under) if side not in times]
+        if absent:
+            found["reasons"][r.key] = suite.missing[absent[0]]
+        else:
+            found["ratios"][r.key] = time_ratio(times[r.over], times[r.under], r.factor)
     return found
 
-# %% ../../nbs/apps/61_bench.ipynb #46b75cd8
-@dataclass(frozen=True)
-class Sizes:
-    "Sizes that all sides share; the defaults are those of the source document."
+# %% ../../nbs/apps/61_bench.ipynb #096176ff
+def document_network(
+    **changes,  # Other fields of `ModelConfig`, e.g. window=250
+) -> ModelConfig:
+    "The network of the source document, without dropout."
+    return replace(document_variant().model, **{"dropout": 0.0} | changes)
 
-    B: int = 2  # trajectories
-    T: int = 1000  # steps
-    n_features: int = 5
-    n_layers: int = 6
-    d_model: int = 256
-    n_heads: int = 8
-    d_ff: int = 1024
-    decoder: tuple[int, ...] = (1024, 512)
+# %% ../../nbs/apps/61_bench.ipynb #b7528736
+def forward_flops(
+    network: ModelConfig,
+) -> float:  # Operations in the matrix products of one forward pass, for one trajectory
+    "Arithmetic of embedding, encoder and decoder over a full window."
+    n, step = network.n_tokens, network.patch * len(FEATURES)
+    parts = encoder_flops(network.n_layers, network.d_model, network.d_ff, n)
+    chain = pairwise((step, network.d_model, *network.decoder_hidden, step))
+    return float(sum(parts.values()) + 2 * n * sum(a * b for a, b in chain))
 
-    @property
-    def flops(self) -> float:
-        "Operations in the matrix products of one forward pass with B trajectories."
-        encoder = sum(encoder_flops(self.n_layers, self.d_model, self.d_ff, self.T).values())
-        widths = (self.d_model, *self.decoder, self.n_features, self.d_model)
-        return float(
-            self.B
-            * (encoder + 2 * self.T * sum(a * b for a, b in zip(widths, widths[1:], strict=False)))
-        )
+# %% ../../nbs/apps/61_bench.ipynb #f897c634
+def with_encoder(
+    network: ModelConfig,
+    encoder: nn.Module,  # (B, L, D) -> (B, L, D)
+) -> TrajectoryMAE:
+    "Our model with somebody else's encoder."
+    model = TrajectoryMAE(network)
+    model.encoder = encoder
+    return model
 
-# %% ../../nbs/apps/61_bench.ipynb #1caf71f4
-class FullModel(nn.Module):
-    "Embedding, positions, an encoder of any make, and a decoder for each position."
-
-    def __init__(
-        self,
-        sizes: Sizes,
-        encoder: nn.Module,  # (B, T, d_model) -> (B, T, d_model)
-        linear: Callable = nn.Linear,  # Linear layers of the decoder; ours fuse the GELU
-    ):
-        super().__init__()
-        self.embed = nn.Linear(sizes.n_features, sizes.d_model)
-        self.register_buffer("positions", sinusoidal_positions(sizes.T, sizes.d_model))
-        self.encoder, layers, width = encoder, [], sizes.d_model
-        for inner in sizes.decoder:
-            fused = linear is Linear
-            layer = Linear(width, inner, activation="gelu") if fused else linear(width, inner)
-            layers += [layer] if fused else [layer, nn.GELU()]
-            width = inner
-        self.decoder = nn.Sequential(*layers, linear(width, sizes.n_features))
-
-    def forward(
-        self,
-        x: Tensor,  # (B, T, n_features) standardized states
-    ) -> Tensor:  # (B, T, n_features) reconstruction
-        return self.decoder(self.encoder(self.embed(x) + self.positions[: x.shape[1]]))
-
-
-def our_model(s: Sizes, device: str = "cpu") -> nn.Module:
-    "The full model with the encoder of this book."
-    return FullModel(s, Encoder(s.n_layers, s.d_model, s.n_heads, s.d_ff), Linear).to(device)
-
-
-def torch_encoder(s: Sizes) -> nn.Module:
+# %% ../../nbs/apps/61_bench.ipynb #91ef3117
+def torch_encoder(network: ModelConfig) -> nn.Module:
     "PyTorch's own pre-norm encoder with a final norm."
-    layer = nn.TransformerEncoderLayer(
-        s.d_model, s.n_heads, s.d_ff, 0.0, "gelu", batch_first=True, norm_first=True
-    )
-    return nn.TransformerEncoder(layer, s.n_layers, nn.LayerNorm(s.d_model), False)
+    width, heads, inner = network.d_model, network.n_heads, network.d_ff
+    options = {"activation": "gelu", "batch_first": True, "norm_first": True}
+    layer = nn.TransformerEncoderLayer(width, heads, inner, network.dropout, **options)
+    final = nn.LayerNorm(width)
+    return nn.TransformerEncoder(layer, network.n_layers, final, enable_nested_tensor=False)
 
-# %% ../../nbs/apps/61_bench.ipynb #9ec90657
-class BertSdpa(nn.Module):
-    "The encoder of Hugging Face's BertModel with PyTorch's attention kernel."
-
-    def __init__(self, s: Sizes):
-        super().__init__()
-        from transformers import BertConfig, BertModel  # only benchmarks and tests have it
-
-        config = BertConfig(
-            hidden_size=s.d_model, num_hidden_layers=s.n_layers, num_attention_heads=s.n_heads,
-            intermediate_size=s.d_ff, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-            vocab_size=2, max_position_embeddings=s.T, attn_implementation="sdpa",
-        )  # fmt: skip
-        self.encoder = BertModel(config, add_pooling_layer=False).encoder
-
-    def forward(
-        self,
-        x: Tensor,  # (B, T, d_model)
-    ) -> Tensor:  # (B, T, d_model)
-        return self.encoder(x)[0]
-
-
+# %% ../../nbs/apps/61_bench.ipynb #fe7a7a65
 @contextlib.contextmanager
 def fastpath_off() -> Iterator[None]:
     "PyTorch's encoder without its fast path for eval mode."
@@ -258,155 +230,140 @@ def fastpath_off() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
-# %% ../../nbs/apps/61_bench.ipynb #98d91a4e
-class AsymmetricModel(nn.Module):
-    "Encoder over visible tokens, small transformer decoder over all (He et al. 2022)."
+# %% ../../nbs/apps/61_bench.ipynb #1ab869a8
+class BertSdpa(nn.Module):
+    "The encoder of Hugging Face's BertModel with PyTorch's attention kernel."
 
-    def __init__(
-        self,
-        s: Sizes,
-        visible: float = 0.25,  # Share of the tokens that the encoder sees
-        width: int = 128,  # Of the decoder
-        n_layers: int = 2,  # Of the decoder
-    ):
+    def __init__(self, network: ModelConfig):
         super().__init__()
-        self.n_visible = round(visible * s.T)
-        self.embed = nn.Linear(s.n_features, s.d_model)
-        self.register_buffer("positions", sinusoidal_positions(s.T, s.d_model))
-        self.register_buffer("decoder_positions", sinusoidal_positions(s.T, width))
-        self.encoder = Encoder(s.n_layers, s.d_model, s.n_heads, s.d_ff)
-        self.narrow = Linear(s.d_model, width)
-        self.mask_token = nn.Parameter(torch.zeros(width))
-        self.decoder = Encoder(n_layers, width, max(1, width // 32), 4 * width)
-        self.head = Linear(width, s.n_features)
+        from transformers import BertConfig, BertModel  # only benchmarks and tests have it
+
+        config = BertConfig(
+            hidden_size=network.d_model, num_hidden_layers=network.n_layers, vocab_size=2,
+            num_attention_heads=network.n_heads, intermediate_size=network.d_ff,
+            hidden_dropout_prob=network.dropout, attention_probs_dropout_prob=network.dropout,
+            max_position_embeddings=network.n_tokens, attn_implementation="sdpa",
+        )  # fmt: skip
+        self.encoder = BertModel(config, add_pooling_layer=False).encoder
 
     def forward(
         self,
-        x: Tensor,  # (B, T, n_features)
-        ids_keep: Tensor,  # (B, n_visible) steps that the encoder sees
-    ) -> Tensor:  # (B, T, n_features)
-        tokens = self.embed(x) + self.positions[: x.shape[1]]
-        index = ids_keep[..., None]
-        seen = self.encoder(tokens.gather(1, index.expand(-1, -1, tokens.shape[-1])))
-        seen = self.narrow(seen)
-        whole = self.mask_token.to(seen.dtype).expand(*x.shape[:2], -1)
-        whole = whole.scatter(1, index.expand(-1, -1, seen.shape[-1]), seen)
-        return self.head(self.decoder(whole + self.decoder_positions))
+        x: Tensor,  # (B, L, D)
+        is_padding: None = None,  # Only full windows are timed
+    ) -> Tensor:  # (B, L, D)
+        return self.encoder(x)[0]
 
-# %% ../../nbs/apps/61_bench.ipynb #e4131235
+# %% ../../nbs/apps/61_bench.ipynb #59257c37
+def motion_with_holes(
+    network: ModelConfig,
+    batch_size: int,  # Trajectories (B)
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor]:  # States (B, T, 4), True = hidden (B, T)
+    "Random states of full length, three quarters of the steps hidden."
+    masks = eval_masks("random", 0.75, batch_size, network.window)
+    states = torch.randn(batch_size, network.window, 4, device=device)
+    return states, torch.from_numpy(masks).to(device)
+
+# %% ../../nbs/apps/61_bench.ipynb #1714b3b9
 def forward_side(
     model: nn.Module,
     *inputs: Tensor,
     guard: Callable = contextlib.nullcontext,  # Context to run in
-    dtype: torch.dtype | None = None,  # Autocast to this, or None
 ) -> Callable:
     "One forward pass in eval mode without gradients."
     model.eval()
-    kind = inputs[0].device.type
 
     def call() -> Tensor:
-        with (
-            torch.inference_mode(),
-            guard(),
-            torch.autocast(kind, dtype, enabled=dtype is not None),
-        ):
+        with torch.inference_mode(), guard():
             return model(*inputs)
 
     return call
 
-# %% ../../nbs/apps/61_bench.ipynb #482b4c2e
+# %% ../../nbs/apps/61_bench.ipynb #5415f408
 def train_side(
-    model: nn.Module,
-    x: Tensor,  # (B, T, n_features)
-    is_masked: Tensor,  # (B, T)
+    model: TrajectoryMAE,
+    states: Tensor,  # (B, T, 4)
     dtype: torch.dtype | None = None,  # Autocast to this, or None
 ) -> Callable:
-    "One training step: forward, masked error, backward, AdamW."
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    hidden = x.masked_fill(is_masked[..., None], 0.0)
+    "One training step: masks, forward, masked error, backward, AdamW."
+    variant, is_padding = document_variant(), torch.zeros(states.shape[:2], dtype=torch.bool)
+    optimizer = adamw(model.train(), variant.train)
+    batch = {"state": states, "is_padding": is_padding.to(states.device)}
+    batch |= {"sample_id": torch.arange(len(states)), "step": 0}
 
     def call() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
-            error = F.mse_loss(model(hidden).float(), x, reduction="none").mean(-1)
-        loss = (error * is_masked).sum() / is_masked.sum()
+        with torch.autocast(states.device.type, dtype, enabled=dtype is not None):
+            total, weight, _ = loss_fn(model, batch, variant.mask, variant.loss, seed=0)
+        loss = total / weight
         loss.backward()
         optimizer.step()
         return loss.detach()
 
     return call
 
-# %% ../../nbs/apps/61_bench.ipynb #8bc8f8d4
-def mae_suite(
-    device: str = "cpu",
-    sizes: Sizes | None = None,  # Default: T=1000, B=2 on a CPU, B=64 on a GPU
-    peak_n: int | None = None,  # Rows of the yardstick; default 2048, on a GPU 8192
-) -> Suite:
-    "Sides and ratios of `trajbook bench mae`."
-    gpu = device.startswith("cuda")
-    s, n = sizes or Sizes(B=64 if gpu else 2), peak_n or (8192 if gpu else 2048)
-    torch.manual_seed(0)
-    x = torch.randn(s.B, s.T, s.n_features, device=device)
-    is_masked = torch.rand(s.B, s.T, device=device) < 0.75
-    asymmetric = AsymmetricModel(s).to(device)
-    keep = torch.rand(s.B, s.T, device=device).argsort(1)[:, : asymmetric.n_visible].sort(1)[0]
-    stock = FullModel(s, torch_encoder(s)).to(device)
-    suite = Suite(profile="ours.fp32")
-    suite.sides |= {
-        "peak.fp32": matmul_side(torch.float32, device, n),
-        "ours.fp32": forward_side(our_model(s, device), x),
-        "torch.fp32": forward_side(stock, x),
-        "torch_fastpath_off.fp32": forward_side(stock, x, guard=fastpath_off),
-        "asymmetric.fp32": forward_side(asymmetric, x, keep),
-    }
-    if importlib.util.find_spec("transformers"):
-        suite.sides["bert.fp32"] = forward_side(FullModel(s, BertSdpa(s)).to(device), x)
-    else:
-        suite.missing["bert.fp32"] = "transformers is not installed"
-    if not gpu:
-        wide = torch.randn(s.B, s.T, s.d_ff)
-        suite.sides["peak_onednn.fp32"] = matmul_side(torch.float32, device, n, onednn=True)
-        suite.sides["gelu_exact"] = lambda: F.gelu(wide)
-        suite.sides["gelu_tanh"] = lambda: F.gelu(wide, approximate="tanh")
-    add_bf16_sides(suite, s, x, is_masked, n)
-    work = {name: (s.B, s.flops * (3 if ".train" in name else 1)) for name in suite.sides}
-    peaks = {name: (0, 2.0 * n**3) for name in suite.sides if name.startswith("peak")}
-    suite.work = {k: v for k, v in work.items() if k[:4] not in ("asym", "gelu")} | peaks
-    suite.ratios = mae_ratios(s.flops / (2.0 * n**3), bf16_support(device), gpu)
-    return suite
+# %% ../../nbs/apps/61_bench.ipynb #f6f97c6b
+def add_yardsticks(
+    suite: Suite,  # Changed in place
+    device: str,
+    n: int,  # Rows of the products
+    gelu_shape: tuple[int, ...],  # (B, L, d_ff)
+) -> None:
+    "Large products in every number format, and on a CPU both kinds of GELU."
+    work = {"flops": 2.0 * n**3}
+    suite.add("peak.fp32", matmul_side(torch.float32, device, n), **work)
+    if bf16_support(device):
+        suite.add("peak.bf16", matmul_side(torch.bfloat16, device, n), **work)
+    if device == "cpu":
+        wide = torch.randn(gelu_shape)
+        suite.add("peak_onednn.fp32", matmul_side(torch.float32, device, n, True), **work)
+        suite.add("gelu_exact", lambda: F.gelu(wide))
+        suite.add("gelu_tanh", lambda: F.gelu(wide, approximate="tanh"))
 
-# %% ../../nbs/apps/61_bench.ipynb #118f88ac
+# %% ../../nbs/apps/61_bench.ipynb #7cede6ac
+def add_forward_sides(
+    suite: Suite,  # Changed in place
+    network: ModelConfig,
+    motion: tuple[Tensor, Tensor],  # From `motion_with_holes`
+) -> None:
+    "Forward passes of our model, of its rivals and of the asymmetric one."
+    device, B = motion[0].device, len(motion[0])
+    work = {"items": B, "flops": B * forward_flops(network)}
+    ours, stock = TrajectoryMAE(network), with_encoder(network, torch_encoder(network)).to(device)
+    suite.add("ours.fp32", forward_side(ours.to(device), *motion), **work)
+    suite.add("torch.fp32", forward_side(stock, *motion), **work)
+    suite.add("torch_fastpath_off.fp32", forward_side(stock, *motion, guard=fastpath_off), **work)
+    suite.missing["bert.fp32"] = "transformers is not installed"
+    if importlib.util.find_spec("transformers"):
+        bert = with_encoder(network, BertSdpa(network)).to(device)
+        suite.add("bert.fp32", forward_side(bert, *motion), **work)
+    asymmetric = TrajectoryMAE(replace(network, asymmetric=True)).to(device)
+    suite.add("asymmetric.fp32", forward_side(asymmetric, *motion))
+
+# %% ../../nbs/apps/61_bench.ipynb #daef67db
 def add_bf16_sides(
     suite: Suite,  # Changed in place
-    s: Sizes,
-    x: Tensor,  # (B, T, n_features)
-    is_masked: Tensor,  # (B, T)
-    n: int,  # Rows of the yardstick
+    network: ModelConfig,
+    motion: tuple[Tensor, Tensor],  # From `motion_with_holes`
 ) -> None:
-    "The sides that need bfloat16 arithmetic, or the reason why there are none."
-    device, bf16, support = x.device.type, torch.bfloat16, bf16_support(x.device.type)
-    if support != "native":
-        suite.missing["native bf16"] = "this processor has no AMX instructions for bfloat16"
-    if support is None:
-        return
-    train_stock = FullModel(s, torch_encoder(s)).to(device)
-    suite.sides |= {
-        "peak.bf16": matmul_side(bf16, device, n),
-        "ours.bf16": forward_side(our_model(s, device).to(bf16), x.to(bf16)),
-        "ours.train.bf16": train_side(our_model(s, device), x, is_masked, bf16),
-        "torch.train.fp32": train_side(train_stock, x, is_masked),
-        "torch.train.bf16": train_side(train_stock, x, is_masked, bf16),
-    }
+    "Our forward pass in bfloat16, and training steps of ours and of PyTorch's encoder."
+    states, device, B = motion[0], motion[0].device, len(motion[0])
+    half, work = torch.bfloat16, {"items": B, "flops": B * forward_flops(network)}
+    ours = TrajectoryMAE(network).to(device, half)
+    suite.add("ours.bf16", forward_side(ours, *motion), **work)
+    work["flops"] *= 3  # a backward pass is twice the work of a forward pass
+    ours = TrajectoryMAE(network).to(device)
+    stock = with_encoder(network, torch_encoder(network)).to(device)
+    suite.add("ours.train.bf16", train_side(ours, states, half), **work)
+    suite.add("torch.train.fp32", train_side(stock, states), **work)
+    suite.add("torch.train.bf16", train_side(stock, states, half), **work)
 
-# %% ../../nbs/apps/61_bench.ipynb #daf5fe15
-def mae_ratios(
+# %% ../../nbs/apps/61_bench.ipynb #083c0f09
+def fp32_ratios(
     per_peak: float,  # Operations of a forward pass / operations of the yardstick
-    bf16: str | None,  # From `bf16_support`
-    gpu: bool = False,
 ) -> list[Ratio]:
-    "The headline ratios of the masked autoencoder, then further ones."
-    plain = [
+    "Headline ratios that every machine can measure."
+    return [
         Ratio("forward_fp32_vs_torch_encoder_fastpath_off", "torch_fastpath_off.fp32", "ours.fp32",
               "times as fast as nn.TransformerEncoder without its fast path"),
         Ratio("forward_fp32_vs_torch_encoder", "torch.fp32", "ours.fp32",
@@ -418,28 +375,68 @@ def mae_ratios(
         Ratio("full_vs_asymmetric_time", "ours.fp32", "asymmetric.fp32",
               "times the duration of the asymmetric model"),
     ]  # fmt: skip
-    half = [
+
+# %% ../../nbs/apps/61_bench.ipynb #e20ad368
+def bf16_ratios(
+    per_peak: float,  # Operations of a forward pass / operations of the yardstick
+) -> list[Ratio]:
+    "Ratios that need bfloat16 arithmetic."
+    return [
         Ratio("forward_bf16_vs_torch_encoder", "torch.fp32", "ours.bf16",
               "bf16, times as fast as nn.TransformerEncoder in fp32"),
         Ratio("train_bf16_vs_torch_encoder", "torch.train.fp32", "ours.train.bf16",
               "bf16 training step, times as fast as nn.TransformerEncoder in fp32"),
+        Ratio("train_bf16_vs_torch_encoder_bf16", "torch.train.bf16", "ours.train.bf16",
+              "bf16 training step, times as fast as nn.TransformerEncoder in bf16"),
         Ratio("forward_bf16_share_of_matmul_peak", "peak.bf16", "ours.bf16",
               "of the speed of a large bf16 product", per_peak),
         Ratio("train_bf16_share_of_matmul_peak", "peak.bf16", "ours.train.bf16",
               "of the speed of a large bf16 product, in training", 3 * per_peak),
     ]  # fmt: skip
+
+# %% ../../nbs/apps/61_bench.ipynb #76237822
+def mae_ratios(
+    per_peak: float,  # Operations of a forward pass / operations of the yardstick
+    support: str | None,  # From `bf16_support`
+    gpu: bool = False,
+) -> list[Ratio]:
+    "The headline ratios of the masked autoencoder, then further ones."
+    half = bf16_ratios(per_peak)
     further = [
         Ratio("forward_fp32_share_of_onednn_peak", "peak_onednn.fp32", "ours.fp32",
               "of the speed of a large fp32 product with oneDNN", per_peak),
         Ratio("gelu_tanh_vs_exact_time", "gelu_tanh", "gelu_exact",
               "times the duration of the exact GELU, for its tanh approximation"),
     ] * (not gpu)  # fmt: skip
-    if bf16 == "native":
-        return plain + half + further
-    further += [replace(r, key=f"{r.key}.avx512") for r in half if bf16 == "avx512"]
-    return plain + [replace(r, over="native bf16") for r in half] + further
+    if support == "avx512":
+        further += [replace(r, key=f"{r.key}.avx512") for r in half]
+    if support != "native":
+        half = [replace(r, over="native bf16") for r in half]
+    return fp32_ratios(per_peak) + half + further
 
-# %% ../../nbs/apps/61_bench.ipynb #46aaceb6
+# %% ../../nbs/apps/61_bench.ipynb #ed69cce8
+def mae_suite(
+    device: str = "cpu",
+    network: ModelConfig | None = None,  # Default: `document_network()`
+    batch_size: int | None = None,  # Default: 2 trajectories on a CPU, 64 on a GPU
+    peak_n: int | None = None,  # Rows of the yardstick; default 2048, on a GPU 8192
+) -> Suite:
+    "Sides and ratios of `trajbook bench mae`."
+    gpu, network = device.startswith("cuda"), network or document_network()
+    B, n = batch_size or (64 if gpu else 2), peak_n or (8192 if gpu else 2048)
+    torch.manual_seed(0)
+    suite, support = Suite(profile="ours.fp32"), bf16_support(device)
+    motion = motion_with_holes(network, B, device)
+    add_yardsticks(suite, device, n, (B, network.n_tokens, network.d_ff))
+    add_forward_sides(suite, network, motion)
+    if support:
+        add_bf16_sides(suite, network, motion)
+    if support != "native":
+        suite.missing["native bf16"] = "this processor has no AMX instructions for bfloat16"
+    suite.ratios = mae_ratios(B * forward_flops(network) / (2.0 * n**3), support, gpu)
+    return suite
+
+# %% ../../nbs/apps/61_bench.ipynb #49473ce7
 PARTS = {
     "linear layers": ("_linear_pointwise", "addmm", "::mm", "::linear", "gemm", "cutlass", "nvjet"),
     "attention": ("scaled_dot_product", "flash", "fmha", "bmm", "softmax"),
@@ -447,7 +444,7 @@ PARTS = {
     "GELU": ("gelu",),
 }
 
-
+# %% ../../nbs/apps/61_bench.ipynb #d75101a7
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
     "Drop what C++ code writes to standard error: the profiler announces itself there."
@@ -459,6 +456,13 @@ def quiet_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+# %% ../../nbs/apps/61_bench.ipynb #c43203a6
+def part_of(
+    kernel: str,  # Name that the profiler gives
+) -> str:
+    "The part of a transformer to which a kernel belongs."
+    return next((p for p, words in PARTS.items() if any(w in kernel for w in words)), "other")
 
 
 def time_shares(
@@ -477,12 +481,22 @@ def time_shares(
             torch.cuda.synchronize()
     spent = dict.fromkeys([*PARTS, "other"], 0.0)
     for event in record.key_averages():
-        part = (p for p, words in PARTS.items() if any(w in event.key for w in words))
         took = event.self_device_time_total if gpu else event.self_cpu_time_total
-        spent[next(part, "other")] += took
+        spent[part_of(event.key)] += took
     return {part: took / (sum(spent.values()) or 1.0) for part, took in spent.items()}
 
-# %% ../../nbs/apps/61_bench.ipynb #ce8848be
+# %% ../../nbs/apps/61_bench.ipynb #9e3eb0b4
+def measurable_device(
+    device: str,  # "cpu", "cuda" or "auto"
+) -> str:  # "cpu" or "cuda"
+    "The device to measure on, or an error that says which are there."
+    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if device not in ("auto", *here):
+        there = ", ".join(here)
+        raise TrajbookError(f"device is {device!r}; this machine can measure on: {there}")
+    return here[-1] if device == "auto" else device
+
+# %% ../../nbs/apps/61_bench.ipynb #428f2d85
 SUITES: dict[str, Callable[..., Suite]] = {"mae": mae_suite}
 
 
@@ -491,32 +505,24 @@ def run_bench(
     device: str = "cpu",  # "cpu", "cuda" or "auto"
     rounds: int = 7,  # Counted rounds; more give narrower intervals
     as_json: bool = False,  # Return text instead of a dictionary
-    **options,  # Passed on to the suite, e.g. sizes
+    **options,  # Passed on to the suite, e.g. network
 ) -> dict | str:  # {"ratios": {KEY: {"value", "lo", "hi"} or None}, "hardware", …}
     "Measure a method's suite in this process, on one thread of the CPU or on a GPU."
     if method not in SUITES:
-        raise TrajbookError(
-            f"there is no benchmark of {method!r}; there is one of {', '.join(SUITES)}"
-        )
+        known = ", ".join(SUITES)
+        raise TrajbookError(f"there is no benchmark of {method!r}; there is one of {known}")
     if rounds < 1:
         raise TrajbookError(f"rounds is {rounds}; it must be at least 1")
-    gpus = torch.cuda.is_available()
-    device = ("cuda" if gpus else "cpu") if device == "auto" else device
-    if device not in ("cpu", "cuda") or (device == "cuda" and not gpus):
-        here = "cpu, cuda" if gpus else "cpu"
-        raise TrajbookError(f"device is {device!r}; this machine can measure on: {here}")
+    device = measurable_device(device)
     with one_thread():
         suite = SUITES[method](device=device, **options)
-        times = measure(suite.sides, rounds, stopwatch(device))
-        found = evaluate_suite(suite, times)
-        profiled = suite.sides.get(suite.profile)
-        found["time_shares"] = time_shares(profiled, device) if profiled else {}
-    about = {"method": method, "device": device, "rounds": rounds, "threads": 1}
+        found = evaluate_suite(suite, measure(suite.sides, rounds, stopwatch(device)))
+        found["time_shares"] = time_shares(suite.sides[suite.profile], device)
+    about = {"schema": 1, "method": method, "device": device, "rounds": rounds, "threads": 1}
     about |= {"bf16": bf16_support(device), "versions": versions(), "hardware": hardware(device)}
-    result = {"schema": 1, **about, **found}
-    return json.dumps(result, allow_nan=False) if as_json else result
+    return json.dumps(about | found, allow_nan=False) if as_json else about | found
 
-# %% ../../nbs/apps/61_bench.ipynb #b81f46e9
+# %% ../../nbs/apps/61_bench.ipynb #fc4858e3
 def bench_path(method: str, device: str = "cpu") -> Path:
     "Where the kept benchmark of a method lies."
     return results_dir() / "bench" / f"{method}-{'cpu' if device == 'cpu' else 'gpu'}.json"
@@ -533,31 +539,56 @@ def read_bench(method: str, device: str = "cpu") -> dict:
     "The kept benchmark of a method; an error says how to make one."
     path = bench_path(method, device)
     if not path.exists():
-        raise TrajbookError(f"no benchmark of {method} is kept; run `trajbook bench {method}`")
+        raise TrajbookError(
+            f"no benchmark of {method} is kept; run `trajbook bench {method} --keep`"
+        )
     return read_json(path)
 
-# %% ../../nbs/apps/61_bench.ipynb #c354bbeb
+# %% ../../nbs/apps/61_bench.ipynb #1900fd05
+def ratio_row(
+    result: dict,  # From `run_bench` or `read_bench`
+    key: str,  # Of a ratio
+) -> list[str]:  # Quantity, value, interval, meaning
+    "One ratio as a row of the table."
+    r = result["ratios"][key]
+    if r is None:
+        return [f"`{key}`", "–", "", f"not measured: {result['reasons'][key]}"]
+    interval = f"{r['lo']:.2f} – {r['hi']:.2f}"
+    return [f"`{key}`", f"{r['value']:.2f}", interval, result["meanings"][key]]
+
+# %% ../../nbs/apps/61_bench.ipynb #87a19428
+def rate_row(
+    side: str,
+    rate: dict[str, float],  # From `absolute_rates`
+) -> list[str]:  # Quantity, value, interval, meaning
+    "One side as a row of the table."
+    speed = f"{rate['gflop_per_s']:,.0f} GFLOP/s"
+    if "trajectories_per_s" in rate:
+        speed += f", {rate['trajectories_per_s']:,.1f} trajectories/s"
+    return [side, f"{1e3 * rate['median_s']:,.1f} ms", "", speed]
+
+# %% ../../nbs/apps/61_bench.ipynb #0f7f3578
 def bench_table(
     result: dict,  # From `run_bench` or `read_bench`
 ) -> Table:  # One row per ratio, then one per side
     "Ratios with their intervals, then absolute rates, and the machine they belong to."
-    rows = []
-    for key, r in result["ratios"].items():
-        what = result["meanings"][key] if r else f"not measured: {result['reasons'][key]}"
-        rows.append([f"`{key}`", f"{r['value']:.2f}", f"{r['lo']:.2f} – {r['hi']:.2f}", what] if r
-                    else [f"`{key}`", "–", "", what])  # fmt: skip
-    for side, rate in result["rates"].items():
-        each = rate.get("trajectories_per_s")
-        what = f"{rate['gflop_per_s']:,.0f} GFLOP/s" + (
-            f", {each:,.1f} trajectories/s" if each else ""
-        )
-        rows.append([side, f"{1e3 * rate['median_s']:,.1f} ms", "", what])
+    rows = [ratio_row(result, key) for key in result["ratios"]]
+    rows += [rate_row(side, rate) for side, rate in result["rates"].items()]
     h = result["hardware"]
     machine = h["gpu"] or f"{h['cpu']}, 1 thread, CPU clock"
     note = f"*{machine}, PyTorch {result['versions']['torch']}, {result['rounds']} rounds.*"
     return Table(["quantity", "value", "95 %", "meaning"], rows, note)
 
+# %% ../../nbs/apps/61_bench.ipynb #585c64e0
+def ratio_picture(
+    result: dict,  # From `run_bench` or `read_bench`
+) -> Picture:
+    "Speed of our model divided by that of its rivals, with intervals."
+    known = {k: r for k, r in result["ratios"].items() if r and ("_vs_torch" in k or "_bert" in k)}
+    values = {k: {"value": r["value"], "ci95": [r["lo"], r["hi"]]} for k, r in known.items()}
+    return bars(values, "times as fast", "Our model and its rivals", {"equally fast": 1.0})
 
+# %% ../../nbs/apps/61_bench.ipynb #8719a8ed
 def speed_picture(
     result: dict,  # From `run_bench` or `read_bench`
 ) -> Picture:
@@ -568,7 +599,7 @@ def speed_picture(
     line = {"fp32 peak": peak["gflop_per_s"]} if peak else None
     return bars(ours, "GFLOP/s", "Arithmetic per second", line)
 
-
+# %% ../../nbs/apps/61_bench.ipynb #d066e04d
 def shares_picture(
     result: dict,  # From `run_bench` or `read_bench`
 ) -> Picture:

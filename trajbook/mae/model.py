@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'choose_block', 'choose_autoregressive', 'make_mask', 'draw_mask', 'eval_masks', 'interpolate', 'dct_matrix',
            'TokenDecoder', 'AttentionDecoder', 'encode_visible', 'MotionFeatures', 'set_normalizer', 'copy_normalizer',
-           'fit_normalizer', 'pool', 'MotionTokens', 'Representer', 'TrajectoryMAE', 'state_field', 'embed',
-           'parameter_counts', 'describe', 'run_stage']
+           'fit_normalizer', 'pool', 'MotionTokens', 'Representer', 'get_encoder_representation', 'TrajectoryMAE',
+           'state_field', 'embed', 'parameter_counts', 'describe', 'run_stage']
 
 # %% ../../nbs/mae/11_model.ipynb #fb6378e3
 from collections.abc import Sequence
@@ -278,7 +278,7 @@ MotionFeatures.set_normalizer = set_normalizer
 MotionFeatures.copy_normalizer = copy_normalizer
 MotionFeatures.fit_normalizer = torch.no_grad()(fit_normalizer)
 
-# %% ../../nbs/mae/11_model.ipynb #0cc71bea
+# %% ../../nbs/mae/11_model.ipynb #0b7c4f75
 def pool(
     tokens: Tensor,  # (B, L, D)
     ignore: Tensor | None = None,  # (B, L) True = does not count
@@ -287,8 +287,12 @@ def pool(
     "One vector for each row."
     if aggregate not in ("mean", "max", "last"):
         raise TrajbookError(f"aggregate is {aggregate!r}; allowed are 'mean', 'max', 'last'")
-    if ignore is None:
-        ignore = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    if ignore is None:  # the fast lane of every window without padding
+        return (
+            {"mean": tokens.mean, "max": tokens.amax}[aggregate](1)
+            if aggregate != "last"
+            else tokens[:, -1]
+        )
     if aggregate == "max":
         return tokens.masked_fill(ignore[..., None], -torch.inf).amax(1)
     if aggregate == "last":
@@ -345,49 +349,64 @@ class MotionTokens(MotionFeatures):
             ignore = self.by_token(is_padding, True).all(-1)
         return x + self.positions[: x.shape[1]].to(x.dtype), hidden, ignore
 
-# %% ../../nbs/mae/11_model.ipynb #ae2d973d
+# %% ../../nbs/mae/11_model.ipynb #2130f7cd
 class Representer(MotionTokens):
     "A model with `encode`, which can represent trajectories of any length."
+
+    def encode_hidden(self, features: Tensor, is_masked=None, is_padding=None) -> Tensor:
+        "Tokens before the last linear map, if there is one; a student overrides it."
+        return self.encode(features, is_masked, is_padding)
+
+    def readout(self, tokens: Tensor) -> Tensor:
+        "The last linear map of `encode`; none unless overridden."
+        return tokens
 
     def encode_long(
         self,
         features: Tensor,  # (B, T, C), any T
-        is_padding: Tensor,  # (B, T) True = ignore
-    ) -> tuple[Tensor, Tensor]:  # Tokens (B, L, D), True = ignore (B, L)
+        is_padding: Tensor | None = None,  # (B, T) True = ignore
+    ) -> tuple[Tensor, Tensor | None]:  # Hidden tokens (B, L, D), True = ignore (B, L)
         "Encode window by window."
-        W, B = self.config.window, len(features)
-        more = -features.shape[1] % W if features.shape[1] > W else 0
-        x = F.pad(features, (0, 0, 0, more)).reshape(
-            -1, min(W, features.shape[1] + more), features.shape[2]
-        )
-        padding = F.pad(is_padding, (0, more), value=True).reshape(len(x), -1)
+        (B, T), W = features.shape[:2], self.config.window
+        if is_padding is None and T <= W:
+            return self.encode_hidden(features), None
+        if is_padding is None:
+            is_padding = torch.zeros(B, T, dtype=torch.bool, device=features.device)
+        more = -T % W if T > W else 0
+        x = F.pad(features, (0, 0, 0, more)).unflatten(1, (-1, min(W, T + more))).flatten(0, 1)
+        padding = F.pad(is_padding, (0, more), value=True).view(len(x), -1)
         some = ~padding.all(1)
         inner = padding[some] if bool(padding[some].any()) else None
-        found = self.encode(x[some], None, inner)
+        found = self.encode_hidden(x[some], None, inner)
         tokens = found.new_zeros(len(x), *found.shape[1:])
         tokens[some] = found
         return tokens.view(B, -1, found.shape[-1]), self.by_token(padding, True).all(-1).view(B, -1)
 
-    def get_encoder_representation(
-        self,
-        states: Tensor,  # (T, 4) or (B, T, 4) in SI units, any T
-        aggregate: str = "mean",  # "mean", "max" or "last"
-        is_padding: Tensor | None = None,  # (B, T) True = ignore
-        actions: Tensor | None = None,  # (B, T, 1), if the model takes actions
-    ) -> Tensor:  # (D,) for one trajectory, (B, D) for a batch
-        "The encoder's picture of whole, fully visible trajectories."
-        device, batch = self.feature_mean.device, states[None] if states.ndim == 2 else states
-        if batch.ndim != 3 or batch.shape[-1] != 4 or 0 in batch.shape:
-            raise TrajbookError(f"states have shape {tuple(states.shape)}, not (T, 4) or (B, T, 4)")
-        if is_padding is None:
-            is_padding = torch.zeros(batch.shape[:2], dtype=torch.bool)
-        if actions is not None:
-            actions = (actions[None] if states.ndim == 2 else actions).to(device)
-        features = self.features(batch.to(device), actions)
-        found = pool(
-            *self.encode_long(features, is_padding.to(device).view(batch.shape[:2])), aggregate
-        )
-        return found[0] if states.ndim == 2 else found
+# %% ../../nbs/mae/11_model.ipynb #9cfa2878
+def get_encoder_representation(
+    self: Representer,
+    states: Tensor,  # (T, 4) or (B, T, 4) in SI units, any T
+    aggregate: str = "mean",  # "mean", "max" or "last"
+    is_padding: Tensor | None = None,  # (B, T) True = ignore
+    actions: Tensor | None = None,  # (B, T, 1), if the model takes actions
+) -> Tensor:  # (D,) for one trajectory, (B, D) for a batch
+    "The encoder's picture of whole, fully visible trajectories."
+    device, batch = self.feature_mean.device, states[None] if states.ndim == 2 else states
+    if batch.ndim != 3 or batch.shape[-1] != 4 or 0 in batch.shape:
+        raise TrajbookError(f"states have shape {tuple(states.shape)}, not (T, 4) or (B, T, 4)")
+    if is_padding is not None:
+        is_padding = is_padding.to(device).view(batch.shape[:2])
+    if actions is not None:
+        actions = (actions[None] if states.ndim == 2 else actions).to(device)
+    tokens, ignore = self.encode_long(self.features(batch.to(device), actions), is_padding)
+    if aggregate == "max":
+        found = pool(self.readout(tokens), ignore, aggregate)
+    else:
+        found = self.readout(pool(tokens, ignore, aggregate))
+    return found[0] if states.ndim == 2 else found
+
+
+Representer.get_encoder_representation = get_encoder_representation
 
 # %% ../../nbs/mae/11_model.ipynb #9c3f8bba
 class TrajectoryMAE(Representer):

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['loss_fn', 'Choice', 'choose', 'Views', 'cut_views', 'same_trajectory_loss', 'fresh_model', 'stream', 'snapshot',
-           'draw_snapshot', 'save_model', 'train_variant', 'collect', 'train_all', 'run_stage']
+           'draw_snapshot', 'save_model', 'train_variant', 'collect', 'share_out', 'train_all', 'run_stage']
 
-# %% ../../nbs/mae/12_train.ipynb #5760c8ea
+# %% ../../nbs/mae/12_train.ipynb #07db8948
 import json
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import connection, get_context, parent_process
@@ -240,7 +242,7 @@ def train_variant(
         save=partial(save_model, name=name, seed=cfg.seed), stop_after_s=time_left(),
     )  # fmt: skip
 
-# %% ../../nbs/mae/12_train.ipynb #cac4b0f6
+# %% ../../nbs/mae/12_train.ipynb #91f9cbf1
 def _begin_child(threads: int) -> None:
     "In a new process: no progress bar of its own, few threads, and an end with the parent."
     os.environ["TQDM_DISABLE"] = "1"
@@ -252,13 +254,13 @@ def _begin_child(threads: int) -> None:
 
     Thread(target=watch, daemon=True).start()
 
-
+# %% ../../nbs/mae/12_train.ipynb #f7851013
 def _in_child(cfg: MAEConfig, name: str, *places: Path) -> None:
     "What a child process does: the same as `train_variant` would do here."
     settle(cfg, "cpu")
     train_variant(cfg, name, *places)
 
-
+# %% ../../nbs/mae/12_train.ipynb #d8a42265
 def collect(part: Path, run_dir: Path, name: str) -> None:
     "Move a training that ran in `part` into the run folder; may be repeated."
     if not (part / "checkpoints" / name / "final").exists():
@@ -267,45 +269,63 @@ def collect(part: Path, run_dir: Path, name: str) -> None:
     kept = [r for r in read_jsonl(log) if r.get("name") != name] if log.exists() else []
     rows = kept + read_jsonl(part / "log.jsonl")
     atomic_write(log, "".join(json.dumps(r) + "\n" for r in rows))
-    for place in (Path("checkpoints") / name, Path("tensorboard") / name):
+    for place in (Path("tensorboard") / name, Path("checkpoints") / name):  # what says done, last
         if (part / place).exists():
             shutil.rmtree(run_dir / place, ignore_errors=True)
             (run_dir / place).parent.mkdir(parents=True, exist_ok=True)
             os.replace(part / place, run_dir / place)
     shutil.rmtree(part, ignore_errors=True)
 
-# %% ../../nbs/mae/12_train.ipynb #e032bbea
-def train_all(
-    cfg: MAEConfig,
-    data_dir: Path,
-    run_dir: Path,
-    device: str,
+# %% ../../nbs/mae/12_train.ipynb #87f108db
+def share_out(
+    jobs: Sequence[str],  # What there is to do
+    here: Callable[[str], None],  # Does a job in this process
+    there: Callable[[str], Future],  # Starts a job in another process
+    others: int,  # Number of other processes
 ) -> None:
+    "Do all jobs, in this process and in others, until none is left or one fails."
+    waiting, begun = deque(jobs), []
+
+    def feed(finished: Future | None = None) -> None:
+        if waiting and not (finished and finished.exception()):
+            begun.append(there(waiting.pop()))
+            begun[-1].add_done_callback(feed)
+
+    try:
+        for _ in range(min(others, len(waiting) - 1)):
+            feed()
+        while waiting:
+            here(waiting.popleft())
+    finally:
+        waiting.clear()
+    for job in begun:
+        job.result()
+
+# %% ../../nbs/mae/12_train.ipynb #2f195c7a
+def train_all(cfg: MAEConfig, data_dir: Path, run_dir: Path, device: str) -> None:
     "Train all variants of a run that are not finished, side by side where that is faster."
-    figures, parts = run_dir / "figures", {n: run_dir / "parts" / n for n in cfg.variants[1:]}
-    beside = cfg.workers > 1 and device == "cpu" and len(parts) > 0 and "RANK" not in os.environ
+    figures, first = run_dir / "figures", cfg.variants[0]
+    todo = [n for n in cfg.variants if not (run_dir / "checkpoints" / n / "final").exists()]
+    beside = cfg.workers > 1 and device == "cpu" and len(todo) > 1 and "RANK" not in os.environ
 
-    def done(name: str) -> bool:
-        return (run_dir / "checkpoints" / name / "final").exists()
+    def place(name: str) -> Path:
+        part = run_dir / "parts" / name
+        return part if name != first and (beside or part.exists()) else run_dir
 
-    if not beside:
-        for name in cfg.variants:
-            if not done(name):
-                train_variant(cfg, name, data_dir, run_dir, figures, device)
-        return
-    todo = [n for n in parts if not done(n)]
-    workers = {
-        "max_workers": max(1, min(cfg.workers - 1, len(todo))),
-        "mp_context": get_context("spawn"),
-    }
-    with ProcessPoolExecutor(**workers, initializer=_begin_child, initargs=(cfg.threads,)) as pool:
-        jobs = [pool.submit(_in_child, cfg, n, data_dir, parts[n], figures) for n in todo]
-        if not done(cfg.variants[0]):
-            train_variant(cfg, cfg.variants[0], data_dir, run_dir, figures, device)
-        for job in jobs:
-            job.result()
+    def here(name: str) -> None:
+        train_variant(cfg, name, data_dir, place(name), figures, device)
+
+    others = cfg.workers - 1 if beside else 0
+    options = {"initializer": _begin_child, "initargs": (cfg.threads,)}
+    with ProcessPoolExecutor(max(1, others), get_context("spawn"), **options) as pool:
+
+        def there(name: str) -> Future:
+            return pool.submit(_in_child, cfg, name, data_dir, place(name), figures)
+
+        share_out(todo, here, there, others)
     for name in todo:
-        collect(parts[name], run_dir, name)
+        if place(name) != run_dir:
+            collect(place(name), run_dir, name)
 
 # %% ../../nbs/mae/12_train.ipynb #3d6cd386
 @stage("mae", "train")
