@@ -34,6 +34,7 @@ from trajbook.widgets import (
     linear_fill,
     pack,
     save_html,
+    static_html,
     to_static,
     unpack,
 )
@@ -112,6 +113,10 @@ def serve(tmp_path):
 
 def picture(page, number: int) -> str:
     return page.evaluate(f"document.querySelectorAll('.tb canvas')[{number}].toDataURL()")
+
+
+def background(page) -> str:
+    return page.evaluate("getComputedStyle(document.querySelector('.tb')).backgroundColor")
 
 
 def play_with_both(page) -> None:
@@ -196,7 +201,9 @@ class TestState:
                 mask = rng(kind, int(100 * ratio)).random(250) < ratio
                 cases[kind, ratio] = (mask, {"model": walk, "hermite": walk})
         widget = MaskReconstruction(walk, cases, [*"abcde"])
-        assert len(json.dumps(widget.data)) < 300_000
+        viewer = TrajectoryViewer({str(n): walk[:, :3] for n in range(6)}, max_points=2000)
+        assert len(static_html(widget.get_state())) < 300_000
+        assert len(static_html(viewer.get_state())) < 300_000
 
     @pytest.mark.parametrize("bad", [np.full((9, 3), np.nan), np.zeros((1, 3)), np.zeros((9, 2))])
     def test_bad_trajectories_are_refused(self, bad):
@@ -244,10 +251,53 @@ class TestBrowser:
         path = save_html(examples()[0], tmp_path / "walk.html")
         path.write_text(path.read_text().replace("<body>", f'<body style="background:{color}">'))
         page.goto(path.as_uri())
-        page.wait_for_selector(".tb canvas")
-        assert (
-            page.evaluate("getComputedStyle(document.querySelector('.tb')).backgroundColor") == card
-        )
+        drawn = "document.querySelector('.tb canvas')?.width > 300"
+        page.wait_for_function(drawn)
+        assert background(page) == card
+
+    def test_it_follows_the_choice_of_the_reader(self, page, tmp_path):
+        "A page that is not painted: the widget goes dark at the moment when the reader does."
+        page.goto(save_html(examples()[1], tmp_path / "holes.html").as_uri())
+        page.wait_for_function("document.querySelector('.tb canvas')?.width > 300")
+        light = background(page), picture(page, 0)
+        page.emulate_media(color_scheme="dark")
+        page.wait_for_function("document.querySelector('.tb').style.colorScheme === 'dark'")
+        assert background(page) != light[0] and picture(page, 0) != light[1]
+
+    def test_narrow_screen(self, page, tmp_path):
+        "On a telephone nothing is cut off, and the widget draws again when it is turned."
+        for number, widget in enumerate(examples()):
+            page.set_viewport_size({"width": 340, "height": 700})
+            page.goto(save_html(widget, tmp_path / f"{number}.html").as_uri())
+            page.wait_for_function("document.querySelector('.tb canvas')?.width > 100")
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            narrow = page.evaluate("document.querySelector('.tb canvas').width")
+            page.set_viewport_size({"width": 700, "height": 340})
+            page.wait_for_function(f"document.querySelector('.tb canvas').width > {narrow} + 200")
+
+    def test_keyboard_alone(self, page, tmp_path):
+        "Every control is reached by the tab key, and every key does something."
+        page.goto(save_html(examples()[0], tmp_path / "walk.html").as_uri())
+        page.wait_for_function("document.querySelector('.tb canvas')?.width > 300")
+        reached, seen = [], [picture(page, 0)]
+        for _ in range(4):
+            page.keyboard.press("Tab")
+            reached.append(
+                page.evaluate("document.activeElement.type ?? document.activeElement.tagName")
+            )
+        assert reached == ["CANVAS", "button", "range", "checkbox"]
+        page.locator(".tb canvas").focus()
+        for key in ("-", "ArrowLeft", "ArrowUp", "+", "ArrowRight", "Home"):
+            page.keyboard.press(key)
+            seen.append(picture(page, 0))
+        assert len(set(seen[:-1])) == 6 and seen[-1] == seen[0]
+        page.locator(".tb input[type=checkbox]").focus()
+        page.keyboard.press("Space")
+        assert picture(page, 0) != seen[0], "the curve is still there"
+        page.locator(".tb button").press("Enter")
+        page.wait_for_function("document.querySelector('.tb button').textContent === 'pause'")
+        page.keyboard.press("Enter")
+        assert page.locator(".tb button").inner_text() == "play"
 
     def test_static_page(self, page, tmp_path, serve):
         "The raw blocks that the docs build hands to Quarto, in a page of their own."

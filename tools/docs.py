@@ -144,8 +144,10 @@ def local_links(text: str, page: str, up: str) -> str:
 def process() -> Path:
     "nbdev's processing of every notebook, then outputs that need no other host."
     os.chdir(ROOT)
-    if not (NBS / "_quarto.yml").exists():  # a download without symbolic links
-        shutil.copy(ROOT / "_quarto.yml", NBS / "_quarto.yml")
+    link, config = NBS / "_quarto.yml", ROOT / "_quarto.yml"
+    if not link.exists() or link.read_text() != config.read_text():  # a ZIP file knows no links
+        link.unlink(missing_ok=True)
+        shutil.copy(config, link)
     refresh_quarto_yml()
     shutil.rmtree(PROC, ignore_errors=True)
     shutil.copytree(NBS, PROC, ignore=shutil.ignore_patterns("*.ipynb", ".*", "__pycache__"))
@@ -409,7 +411,7 @@ def main() -> None:
         print(NO_QUARTO)
     if problems:
         sys.exit("\n".join(f"[docs] {p}" for p in problems))
-    print(f"[docs] {len(list(DOCS.rglob('*.html')))} pages in {DOCS.relative_to(ROOT)}/")
+    print(f"[docs] {len(list(DOCS.rglob('*.html')))} pages in {DOCS.name}/")
 
 
 if __name__ == "__main__":

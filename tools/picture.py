@@ -6,10 +6,10 @@ import numpy as np
 from scipy.interpolate import CubicHermiteSpline
 
 from trajbook.core import atomic_write
-from trajbook.viz import GRID, INK, MUTED, ROLES, Picture, spans, style
+from trajbook.viz import GRID, HOLE, INK, LINE, MUTED, ROLES, Picture, head, legend, spans, style
 
 TARGET = Path(__file__).resolve().parents[1] / "nbs" / "assets" / "trajbook.png"
-DT_S, STEPS, HOLE = 0.02, 330, 30
+DT_S, STEPS, BLOCK = 0.02, 330, 30
 
 
 def pendulum(angle_rad: float, rate_rad_s: float) -> np.ndarray:  # (STEPS, 2) angle, rate
@@ -24,7 +24,7 @@ def pendulum(angle_rad: float, rate_rad_s: float) -> np.ndarray:  # (STEPS, 2) a
 def main() -> None:
     time_s = np.arange(STEPS) * DT_S
     truth = pendulum(2.9, 0.0)
-    hidden = (np.arange(STEPS) // HOLE) % 2 == 1
+    hidden = (np.arange(STEPS) // BLOCK) % 2 == 1
     angle, rate = truth.T
     ruler = np.interp(time_s, time_s[~hidden], angle[~hidden])
     curve = CubicHermiteSpline(time_s[~hidden], angle[~hidden], rate[~hidden])(time_s)
@@ -36,25 +36,21 @@ def main() -> None:
     phase.plot(angle, rate, ":", color=MUTED, linewidth=1.2)
     phase.plot(np.where(hidden, np.nan, angle), rate, color=INK, linewidth=2.4)
     style(phase, "A motion, seen in part", "angle / rad", "rate / rad/s")
+    head(phase, phase.get_title(loc="left"), LINE)  # level with the other panel's
 
+    fills = {"linear": (ruler, "a ruler"), "hermite": (curve, "a cubic curve that knows the rate")}
     for first, last in spans(hidden):
-        panel.axvspan(time_s[first], time_s[last], color="#eceff2", linewidth=0)
+        panel.axvspan(time_s[first], time_s[last], color=HOLE, linewidth=0)
         inside = slice(first - 1, min(last + 2, STEPS))
-        names = ("linear", "hermite") if first == HOLE else ("_linear", "_hermite")
-        for name, fill in zip(names, (ruler, curve), strict=True):
-            color = ROLES[name.strip("_")]
-            panel.plot(time_s[inside], fill[inside], color=color, linewidth=2, label=name)
+        for name, (fill, words) in fills.items():
+            label = words if first == BLOCK else None
+            panel.plot(time_s[inside], fill[inside], color=ROLES[name], linewidth=2, label=label)
     panel.plot(time_s, angle, ":", color=MUTED, linewidth=1.3, label="hidden truth")
     seen = np.where(hidden, np.nan, angle)
     panel.plot(time_s, seen, color=INK, linewidth=2.6, label="visible")
     style(panel, "What fills the holes? First the numbers to beat", "time / s", "angle / rad")
     panel.grid(axis="x", visible=False)
-    handles, labels = panel.get_legend_handles_labels()
-    known = {"linear": "a ruler", "hermite": "a cubic curve that knows the rate"}
-    labels = [known.get(label, label) for label in labels]
-    options = {"frameon": False, "fontsize": 9, "ncols": 4, "loc": "upper right"}
-    panel.legend(handles, labels, **options)
-    panel.set_ylim(-3.6, 4.4)
+    legend(panel)
     atomic_write(TARGET, fig.png(dpi=150))
 
 

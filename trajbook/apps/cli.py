@@ -199,7 +199,7 @@ def run_row(run: RunReader) -> dict:
     row = {"run": run.label, "preset": run.info["preset"], "seed": run.info["seed"]}
     return row | {"stages": run.status(), "wall_s": wall, "folder": str(run.dir)}
 
-# %% ../../nbs/apps/64_cli.ipynb #7e548a86
+# %% ../../nbs/apps/64_cli.ipynb #0da4a860
 def summary(method: str, folders: Sequence[Path]) -> dict:  # method, runs, metrics, folders
     "The runs in these folders and their numbers, as means over seeds."
     runs = [RunReader(f) for f in folders if (f / "run.json").exists()]  # else paused at once
@@ -209,7 +209,7 @@ def summary(method: str, folders: Sequence[Path]) -> dict:  # method, runs, metr
     plain = {"method": method, "runs": [run_row(r) for r in runs], "metrics": metrics}
     return plain | {"folders": [str(f) for f in folders]}
 
-
+# %% ../../nbs/apps/64_cli.ipynb #a2308a85
 def show_summary(plain: dict, patterns: Sequence[str]) -> None:
     "Print where the results are, and the numbers whose keys match."
     print("\n".join(f"results: {f}" for f in plain["folders"]))
@@ -217,7 +217,7 @@ def show_summary(plain: dict, patterns: Sequence[str]) -> None:
     if table.rows:
         print(f"\n{table}\n")
 
-# %% ../../nbs/apps/64_cli.ipynb #cdf9d45c
+# %% ../../nbs/apps/64_cli.ipynb #0a681255
 def list_row(folder: Path) -> dict:
     "A run as a row of the list, also if it cannot be read."
     try:
@@ -225,7 +225,7 @@ def list_row(folder: Path) -> dict:
     except TrajbookError as e:
         return {"run": "/".join(folder.parts[-3:]), "folder": str(folder), "error": str(e)}
 
-
+# %% ../../nbs/apps/64_cli.ipynb #5bae990a
 def runs_table(rows: Sequence[dict]) -> Table:
     "Runs with the state of their stages."
 
@@ -250,7 +250,7 @@ def pick_run() -> Path:
         raise TrajbookError(f"{answer!r} is no number between 0 and {len(folders) - 1}")
     return folders[int(answer)]
 
-# %% ../../nbs/apps/64_cli.ipynb #9ec4ceb0
+# %% ../../nbs/apps/64_cli.ipynb #ce049c5b
 def stages_table(run: RunReader) -> Table:
     "The stages of a run: state, time, memory, error."
     rows = []
@@ -263,7 +263,7 @@ def stages_table(run: RunReader) -> Table:
         rows.append((stage, state, *cost, error))
     return Table(("stage", "state", "time", "memory", ""), rows)
 
-
+# %% ../../nbs/apps/64_cli.ipynb #a4f2d641
 def describe_run(run: RunReader) -> tuple[str, dict]:  # For a person, for a program
     "All that is known about one run."
     found = run.results() if run.path("results.json").exists() else {}
@@ -296,7 +296,7 @@ class RunsCommand(Command):
             folder = pick_run() if self.action == "pick" else find_run(self.run)
             self.show(folder, {"folder": str(folder)})
 
-# %% ../../nbs/apps/64_cli.ipynb #4375f8eb
+# %% ../../nbs/apps/64_cli.ipynb #77603178
 def evaluate_again(run: RunReader) -> None:
     "Repeat the evaluation of a run in the same folder, unless today's code has done it."
     if "evaluate" not in run.status():
@@ -309,7 +309,7 @@ def evaluate_again(run: RunReader) -> None:
     with environment(child_environment(run.cfg.threads, None)):
         run_seed(Job(run.method, run.cfg, run.dir, Lines()), ["evaluate"])
 
-
+# %% ../../nbs/apps/64_cli.ipynb #1b56b633
 @dataclass(frozen=True)
 class EvalCommand(Command):
     "Evaluate a trained run again if its code has changed since, and show all its numbers."
@@ -426,7 +426,7 @@ def read_trajectories(method: str, path: Path) -> Any:  # Trajectories
         return Trajectories.open(path)
     return method_word(method, "data", "read_file")(path)
 
-# %% ../../nbs/apps/64_cli.ipynb #ca51b503
+# %% ../../nbs/apps/64_cli.ipynb #77eacda8
 ENDINGS = (".npy", ".csv", ".safetensors")
 
 
@@ -436,7 +436,7 @@ def check_ending(path: Path) -> Path:
         raise TrajbookError(f"cannot write {path.name}: its name must end in {', '.join(ENDINGS)}")
     return path
 
-
+# %% ../../nbs/apps/64_cli.ipynb #0f30552c
 def write_vectors(path: Path, arrays: dict[str, Any]) -> None:
     "Write arrays as .npy (one array), .csv (one array of rows) or .safetensors."
     import numpy as np
@@ -482,7 +482,7 @@ class EmbedCommand(Command):
         said = ", ".join(f"{k} {tuple(v)}" for k, v in shapes.items())
         self.show(f"{said} written to {out}", {"file": str(out), "shapes": shapes})
 
-# %% ../../nbs/apps/64_cli.ipynb #4725d09a
+# %% ../../nbs/apps/64_cli.ipynb #8346aa04
 def finished_run(method: str) -> RunReader:
     "The last run of a method that is complete, or a tiny one in the cache, made now."
     for folder in reversed(all_runs(method)):
@@ -493,7 +493,7 @@ def finished_run(method: str) -> RunReader:
     stage_module(method, last).run_stage(cfg, folder)
     return RunReader(folder)
 
-
+# %% ../../nbs/apps/64_cli.ipynb #688577ea
 @dataclass(frozen=True)
 class DemoCommand(Command):
     "Show what a method can do, on its last run or on a tiny one made now."
@@ -511,7 +511,7 @@ class DemoCommand(Command):
         files = [str(p) for p in sorted(out.iterdir())]
         self.show("\n".join(f"written: {f}" for f in files), {"run": run.label, "files": files})
 
-# %% ../../nbs/apps/64_cli.ipynb #96490587
+# %% ../../nbs/apps/64_cli.ipynb #e97f12ef
 @dataclass(frozen=True)
 class Finding:
     "One line of the doctor: what was tried, how it went, what to do."
@@ -520,7 +520,7 @@ class Finding:
     state: Literal["ok", "failed", "optional"]
     text: str
 
-
+# %% ../../nbs/apps/64_cli.ipynb #6bdcc667
 def examine(
     name: str,
     check: Callable[[], str],  # Returns what was found; raises if it does not work
@@ -569,18 +569,18 @@ def examine_requirement(word: str, extra: str) -> Finding:
         return Finding(need.name, "failed", f"{have} does not fit {word}; pip install {what}")
     return Finding(need.name, "ok", have)
 
-# %% ../../nbs/apps/64_cli.ipynb #76c9b5d1
+# %% ../../nbs/apps/64_cli.ipynb #b6cfdf53
 def try_physics() -> str:
     "Step dm_control's cart-pole."
     from dm_control import suite
 
-    env = suite.load("cartpole", "swingup")
+    env = suite.load("cartpole", "swingup", task_kwargs={"random": 0})
     env.reset()
     for _ in range(10):
         step = env.step(env.action_spec().maximum)
     return f"10 steps of cart-pole, position {step.observation['position'][0]:.3f} m"
 
-
+# %% ../../nbs/apps/64_cli.ipynb #71b47809
 def try_rendering() -> str:
     "Render one picture in a child process, which may crash without harm."
     make = "from dm_control import suite; env = suite.load('cartpole', 'swingup')"
@@ -591,14 +591,14 @@ def try_rendering() -> str:
         raise RuntimeError((done.stderr.strip() or "no picture").split("\n")[-1])
     return f"a picture through {env['MUJOCO_GL']}"
 
-# %% ../../nbs/apps/64_cli.ipynb #155323f1
+# %% ../../nbs/apps/64_cli.ipynb #34586188
 def try_python() -> str:
     "Whether this Python is supported."
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
         raise RuntimeError(f"Python {sys.version.split()[0]} is not supported")
     return sys.version.split()[0]
 
-
+# %% ../../nbs/apps/64_cli.ipynb #845d0658
 def try_gpu() -> str:
     "A product of matrices on the GPU."
     import torch
@@ -608,7 +608,7 @@ def try_gpu() -> str:
     torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda")).sum().item()
     return torch.cuda.get_device_name()
 
-# %% ../../nbs/apps/64_cli.ipynb #e9eb5238
+# %% ../../nbs/apps/64_cli.ipynb #46289e65
 def try_program(*names: str) -> str:
     "Find a program on the path."
     for name in names:
@@ -616,7 +616,7 @@ def try_program(*names: str) -> str:
             return found
     raise RuntimeError(f"{' or '.join(names)} is not on the path")
 
-
+# %% ../../nbs/apps/64_cli.ipynb #e83506b5
 def try_folder(folder: Path) -> str:
     "Write a file and delete it."
     atomic_write(folder / ".doctor", "x").unlink()
@@ -660,7 +660,7 @@ def diagnose() -> list[Finding]:
         *(examine(m, partial(try_method, m), mend) for m in methods()),
     ]  # fmt: skip
 
-# %% ../../nbs/apps/64_cli.ipynb #7256bcaa
+# %% ../../nbs/apps/64_cli.ipynb #30f7c0b2
 @dataclass(frozen=True)
 class DoctorCommand(Command):
     "Try everything that the book needs, and say what to do where it fails."
@@ -679,7 +679,7 @@ class DoctorCommand(Command):
         self.show("\n".join([*lines, "", end]), plain)
         return 2 if failed else 0
 
-
+# %% ../../nbs/apps/64_cli.ipynb #23ac5b75
 @dataclass(frozen=True)
 class VersionCommand(Command):
     "Print the versions of trajbook and of the libraries under it."
@@ -690,7 +690,7 @@ class VersionCommand(Command):
         found = versions()
         self.show(f"trajbook {found['trajbook']}", found)
 
-# %% ../../nbs/apps/64_cli.ipynb #7d7f1830
+# %% ../../nbs/apps/64_cli.ipynb #c8a26a20
 def dotted_as_set(words: Sequence[str]) -> list[str]:
     "Write `--train.lr 3e-4` as `--set train.lr=3e-4`."
     rest, out = iter(words), []
@@ -702,7 +702,7 @@ def dotted_as_set(words: Sequence[str]) -> list[str]:
         out += ["--set", found[1] if value is None else f"{found[1]}={value}"]
     return out
 
-
+# %% ../../nbs/apps/64_cli.ipynb #cf4c3031
 def repeat_option(words: Sequence[str]) -> list[str]:
     "Write `--set a=1 b=2` as `--set a=1 --set b=2`."
     out, option = [], ""
@@ -727,7 +727,7 @@ def sentence(box: str) -> str:
     message = blocks[0] if box.lstrip().startswith("╭") or len(blocks) == 1 else blocks[1]
     return " ".join(message).removeprefix("Error ").rstrip(".") or "the command is incomplete"
 
-# %% ../../nbs/apps/64_cli.ipynb #8ff53254
+# %% ../../nbs/apps/64_cli.ipynb #f98e9ccd
 COMMANDS = {
     "run": RunCommand, "runs": RunsCommand, "eval": EvalCommand, "embed": EmbedCommand,
     "compare": CompareCommand, "demo": DemoCommand, "bench": BenchCommand, "publish": PublishCommand,
@@ -737,6 +737,8 @@ DESCRIPTION = """An executable research book on learning from trajectories.
 
 `trajbook COMMAND --help` shows options and examples. Every command takes --debug, which shows the
 traceback of an error."""
+
+# %% ../../nbs/apps/64_cli.ipynb #9a5f4ad2
 FIRST = (
     "trajbook run mae            # seconds, on any machine",
     "trajbook runs show          # what came out",

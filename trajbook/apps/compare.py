@@ -112,7 +112,7 @@ def difference(one: Side, reference: Side, key: str) -> Difference:
     said = verdict(mine, other, one.metrics[key].get("better"))
     return Difference(mean, spread, change, bounds, said)
 
-# %% ../../nbs/apps/60_compare.ipynb #b2b6f5ac
+# %% ../../nbs/apps/60_compare.ipynb #e4c44293
 @dataclass(frozen=True)
 class Comparison:
     "Sides, keys, and the differences of every side from the first."
@@ -136,7 +136,8 @@ class Comparison:
         for key, s, d in self.rows():
             value, change = show_number(d.value, d.ci95), show_number(d.change, d.change_ci95)
             change = "" if s is self.sides[0] else "+" * (d.change > 0) + change
-            rows.append((key, s.label, value, s.metrics[key]["unit"], change, d.verdict))
+            unit = s.metrics[key]["unit"].removeprefix("1")  # a pure number has none
+            rows.append((key, s.label, value, unit, change, d.verdict))
         head = ("key", "run", "mean ± 95 %", "unit", "difference ± 95 %", "verdict")
         return Table(head, rows)
 

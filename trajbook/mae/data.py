@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STATE', 'FEATURES', 'BEHAVIOURS', 'FORCE_N', 'DT_S', 'SCHEMA', 'FIXED_RATIO', 'DOCUMENT', 'ABLATIONS', 'VARIANTS',
-           'SIZE', 'MASKS', 'LOSS', 'SECONDS', 'MINUTES', 'HOURS', 'PRESETS', 'ROWS', 'HEADLINE', 'METHOD',
+           'SIZE', 'MASKS', 'LOSS', 'SECONDS', 'MINUTES', 'HOURS', 'PRESETS', 'ROWS', 'HEADLINE', 'METHOD', 'RECORDING',
            'DataConfig', 'ModelConfig', 'MaskConfig', 'LossConfig', 'cartpole_model', 'simulate', 'Constants', 'energy',
            'force_program', 'balance_gain', 'swing_up_force', 'roll', 'make_episode', 'stratified_split',
            'make_dataset', 'embed_states', 'normalizer', 'EvaluateConfig', 'DistillConfig', 'VariantConfig',
-           'MAEConfig', 'variant', 'document_variant', 'sized', 'run_stage', 'load_data']
+           'MAEConfig', 'variant', 'document_variant', 'sized', 'run_stage', 'load_data', 'column_names', 'read_file']
 
 # %% ../../nbs/mae/10_data.ipynb #0d1ac504
 import dataclasses
@@ -397,7 +397,7 @@ def normalizer(
     features = embed_states(train["state"])
     return features.mean(0), features.std(0) + 1e-6
 
-# %% ../../nbs/mae/10_data.ipynb #16c53618
+# %% ../../nbs/mae/10_data.ipynb #fc5d49fb
 @dataclass(frozen=True)
 class EvaluateConfig:
     "How the models are judged. Tuples have one entry per fraction of the labels."
@@ -406,8 +406,8 @@ class EvaluateConfig:
     probe_starts: int = 4  # windows per training trajectory for the probes
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 1.0)  # of the labels
     draws: tuple[int, ...] = (20, 10, 10, 1)  # of labels, for the probes
-    supervised_draws: tuple[int, ...] = (5, 3, 2, 1)  # of labels, for the supervised networks
-    supervised_steps: tuple[int, ...] = (80, 120, 200, 600)
+    supervised_draws: tuple[int, ...] = (20, 3, 2, 1)  # of labels, for the supervised networks
+    supervised_steps: tuple[int, ...] = (200, 400, 600, 600)
     supervised_batch: int = 32
     supervised_lrs: tuple[float, ...] = (1e-3, 3e-4)
     mlp_steps: int = 300  # of the patch-independent network
@@ -419,7 +419,7 @@ class DistillConfig:
     "How the students are made."
 
     windows: int = 20000  # training windows that the teacher represents
-    steps: int = 1500  # per student
+    steps: int = 2500  # per student
     batch_size: int = 256
     lr: float = 2e-3
     whiten: float = 0.01
@@ -645,3 +645,30 @@ def run_stage(cfg: MAEConfig, run: Run) -> None:
 def load_data(run: RunReader) -> Trajectories:
     "The trajectories of a run."
     return Trajectories.open(run.shared("data"))
+
+# %% ../../nbs/mae/10_data.ipynb #2eca4ae3
+RECORDING = (Field("state", "float32", (4,), "m, rad, m/s, rad/s"),)
+
+
+def column_names(path: Path) -> list[str]:
+    "Header of a CSV or Parquet file."
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_schema(path).names
+    with path.open(encoding="utf-8") as f:
+        return [name.strip() for name in f.readline().split(",")]
+
+# %% ../../nbs/mae/10_data.ipynb #287602f8
+def read_file(path: str | Path) -> Trajectories:
+    "Recordings from a CSV, Parquet or NumPy file; trajbook.data names what is wrong with it."
+    path = Path(path)
+    if path.suffix in (".npy", ".npz"):
+        return Trajectories.from_numpy(path, RECORDING)
+    if path.suffix not in (".csv", ".parquet"):
+        allowed = "a .csv, .parquet, .npy or .npz file, or a dataset folder"
+        raise TrajbookError(f"{path.name} cannot be read: give {allowed}")
+    names = column_names(path)
+    read = Trajectories.from_csv if path.suffix == ".csv" else Trajectories.from_parquet
+    there = {k: c for k, c in (("episode", "episode"), ("time", "time_s")) if c in names}
+    return read(path, RECORDING, columns={"state": STATE}, **({"episode": None} | there))

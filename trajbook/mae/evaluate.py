@@ -521,13 +521,14 @@ def probe_curve(
             scores[name].append(np.mean(best))
     return {k: np.array(v) for k, v in scores.items()}
 
-# %% ../../nbs/mae/13_evaluate.ipynb #1db2904b
+# %% ../../nbs/mae/13_evaluate.ipynb #99ea0bed
 def tuned_supervised(
     cfg: MAEConfig,
     like: TrajectoryMAE,  # Shape and statistics
     known: tuple[Tensor, Tensor],  # Labeled trajectories (n, T_all, 4), classes (n,)
     data: tuple[WindowData, WindowData, WindowData],
     steps: int,
+    lrs: Sequence[float],  # Learning rates to try
     seed: int,
     device: str,
 ) -> tuple[float, float]:  # Test accuracy, learning rate that the validation split chose
@@ -535,11 +536,11 @@ def tuned_supervised(
     e, half = cfg.evaluate, cfg.train.precision == "bf16"
     options = {"steps": steps, "seed": seed, "batch_size": e.supervised_batch}
     options |= {"device": device, "half": half}
-    found = [fit_supervised(like, *known, *data[1:], lr=lr, **options) for lr in e.supervised_lrs]
+    found = [fit_supervised(like, *known, *data[1:], lr=lr, **options) for lr in lrs]
     best = int(np.argmax([val for val, _ in found]))
-    return found[best][1], e.supervised_lrs[best]
+    return found[best][1], lrs[best]
 
-# %% ../../nbs/mae/13_evaluate.ipynb #b82a35bb
+# %% ../../nbs/mae/13_evaluate.ipynb #4a72dd27
 def supervised_curve(
     cfg: MAEConfig,
     like: TrajectoryMAE,  # Shape and statistics
@@ -552,11 +553,12 @@ def supervised_curve(
     e, means, classes = cfg.evaluate, [], torch.as_tensor(labels)
     bar = progress(total=sum(e.supervised_draws), desc="supervised")
     for fraction, n, steps in zip(e.fractions, e.supervised_draws, e.supervised_steps, strict=True):
-        found = []
+        found, lrs = [], e.supervised_lrs
         for i in range(n):
             rows = torch.as_tensor(stratified_subset(labels, fraction, i, seed=cfg.seed))
-            known = states[rows], classes[rows]
-            found.append(tuned_supervised(cfg, like, known, data, steps, cfg.seed + i, device))
+            known, seed = (states[rows], classes[rows]), cfg.seed + i
+            found.append(tuned_supervised(cfg, like, known, data, steps, lrs, seed, device))
+            lrs = (found[0][1],)
             bar.update()
         means.append(np.mean(found, 0))
     bar.close()
