@@ -952,14 +952,15 @@ class Listener:
     def flush(self) -> None:
         "Nothing is held back."
 
-# %% ../nbs/07_run.ipynb #b20d2028
+# %% ../nbs/07_run.ipynb #6957f550
 def execute_notebook(notebook: Any, target: Path, parameters: dict, tell: Callable) -> None:
     "Execute a notebook in a kernel of its own; its errors become ours."
     import papermill
     from nbclient.exceptions import DeadKernelError
 
     options = {"kernel_name": "python3", "progress_bar": False, "stderr_file": Listener(tell)}
-    quiet = ["--IPKernelApp.log_level=50"]  # the kernel's own warnings are not the user's
+    hush = "setattr(__import__('logging'), 'raiseExceptions', False)"  # when its streams close
+    quiet = ["--IPKernelApp.log_level=50", f"--IPKernelApp.exec_lines={hush}"]
     try:
         papermill.execute_notebook(notebook, target, parameters, extra_arguments=quiet, **options)
     except papermill.PapermillExecutionError as e:
