@@ -7,13 +7,16 @@ __all__ = ['INK', 'MUTED', 'GRID', 'CARD', 'HOLE', 'PALETTE', 'MEANINGS', 'ROLES
            'picture', 'legend', 'seed_band', 'draw_baselines', 'curves', 'value_and_interval', 'draw_bar', 'bars',
            'strongest', 'draw_dots', 'draw_ratio', 'against_floor', 'spans', 'draw_holes', 'reconstruction',
            'mask_grid', 'thin', 'tails', 'time_frames', 'space_line', 'time_slider', 'space_style', 'trajectory_3d',
-           'pca', 'scatter_names', 'representation_map', 'label_efficiency', 'provenance_line', 'results_table']
+           'pca', 'scatter_names', 'representation_map', 'label_efficiency', 'provenance_line', 'results_table',
+           'PublishedRun', 'best_run']
 
-# %% ../nbs/08_viz.ipynb #982179c6
+# %% ../nbs/08_viz.ipynb #927175a7
+import fnmatch
 import io
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -25,7 +28,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from scipy.stats import t as student_t
 
 from .core import TrajbookError
-from .run import Table, metric_table, show_number
+from .run import Table, load_results, metric_table, result_arrays, show_number
 
 # %% ../nbs/08_viz.ipynb #8a1094fa
 INK, MUTED, GRID, CARD, HOLE = "#1b1f24", "#5b636d", "#e4e7eb", "#ffffff", "#eef0f3"
@@ -560,3 +563,39 @@ def results_table(
 ) -> Table:  # value ± interval, unit, better direction, and the provenance line
     "Published numbers with their intervals, and a line that says where they come from."
     return metric_table(results["metrics"], keys, title, provenance_line(results))
+
+# %% ../nbs/08_viz.ipynb #b8ecaa8d
+class PublishedRun:
+    "A published result with the methods of a run."
+
+    def __init__(self, published: dict):  # From `load_results`
+        self.published = published
+
+    def results(self, pattern: str = "*") -> dict[str, dict]:  # Key -> metric
+        "Published numbers whose key matches a shell pattern."
+        found = self.published["metrics"]
+        return {k: found[k] for k in fnmatch.filter(found, pattern)}
+
+    def arrays(self, stage: str, seed: int | None = 0) -> dict[str, np.ndarray]:  # Name -> array
+        "Arrays that a stage has saved: those of one seed by its place, or (S, ...) of all seeds."
+        found = {
+            k: v if seed is None else v[seed] for k, v in result_arrays(self.published).items()
+        }
+        return {
+            k.removeprefix(f"{stage}."): v for k, v in found.items() if k.startswith(f"{stage}.")
+        }
+
+    def table(self, *keys: str) -> Table:
+        "The published numbers, and where they come from."
+        return results_table(self.published, keys or ("*",))
+
+# %% ../nbs/08_viz.ipynb #1d408409
+def best_run(
+    run: Any,  # RunReader: what is shown if nothing is published
+    preset: str | None = None,  # None = the best there is
+) -> Any:  # PublishedRun or the run itself
+    "The published run of a method, or this one."
+    try:
+        return PublishedRun(load_results(run.method, preset))
+    except TrajbookError:
+        return run
