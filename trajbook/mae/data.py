@@ -397,7 +397,7 @@ def normalizer(
     features = embed_states(train["state"])
     return features.mean(0), features.std(0) + 1e-6
 
-# %% ../../nbs/mae/10_data.ipynb #fc5d49fb
+# %% ../../nbs/mae/10_data.ipynb #53a5b4f6
 @dataclass(frozen=True)
 class EvaluateConfig:
     "How the models are judged. Tuples have one entry per fraction of the labels."
@@ -407,8 +407,8 @@ class EvaluateConfig:
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 1.0)  # of the labels
     draws: tuple[int, ...] = (20, 10, 10, 1)  # of labels, for the probes
     supervised_draws: tuple[int, ...] = (20, 3, 2, 1)  # of labels, for the supervised networks
-    supervised_steps: tuple[int, ...] = (200, 400, 600, 600)
-    supervised_batch: int = 32
+    supervised_steps: tuple[int, ...] = (200, 400, 600, 800)
+    supervised_batch: int = 16
     supervised_lrs: tuple[float, ...] = (1e-3, 3e-4)
     mlp_steps: int = 300  # of the patch-independent network
     timing_rounds: int = 3
@@ -419,11 +419,11 @@ class DistillConfig:
     "How the students are made."
 
     windows: int = 20000  # training windows that the teacher represents
-    steps: int = 2500  # per student
+    steps: int = 2000  # per student
     batch_size: int = 256
     lr: float = 2e-3
     whiten: float = 0.01
-    mlp_width: int = 128
+    mlp_width: int = 96
     transformer_width: int = 64
     transformer_layers: int = 2
     transformer_heads: int = 4
@@ -533,7 +533,7 @@ def sized(preset: str, patch: int) -> ModelConfig:
     extra = {"spectral": patch > 1, "summary": 64 if patch > 1 else 0}
     return ModelConfig(patch, 250, **shape, dropout=dropout, decoder_hidden=hidden, **extra)
 
-# %% ../../nbs/mae/10_data.ipynb #735a9bd1
+# %% ../../nbs/mae/10_data.ipynb #a04ece61
 def _preset(name: str, patch: TrainConfig, step: TrainConfig, **more) -> MAEConfig:
     "A preset with these two trainings."
     single = VariantConfig(sized(name, 1), MASKS["step"], LossConfig(reflect=True), step)
@@ -559,8 +559,8 @@ PRESETS = {
     ),
     "small": _preset(
         "small",
-        TrainConfig(steps=7000, batch_size=32, lr=2e-3, **MINUTES),
-        TrainConfig(steps=3000, batch_size=8, lr=1e-3, **MINUTES),
+        TrainConfig(steps=5500, batch_size=32, lr=2e-3, **MINUTES),
+        TrainConfig(steps=2400, batch_size=8, lr=1e-3, **MINUTES),
         workers=2,
     ),
     "full": _preset(
