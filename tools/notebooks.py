@@ -36,7 +36,9 @@ def execute(name: str) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     resources = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(nb, timeout=900, resources=resources, store_widget_state=True).execute()
+    quiet = ["--IPKernelApp.log_level=50"]  # the kernel's own warnings
+    options = {"timeout": 900, "resources": resources, "extra_arguments": quiet}
+    NotebookClient(nb, store_widget_state=True, **options).execute()
     for cell in nb.cells:  # progress bars, warnings with paths: not part of the book
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
