@@ -25,7 +25,12 @@ def main() -> None:
     phase, panel = fig.subplots(1, 2, width_ratios=[1, 2.1])
     phase.plot(truth[:, sine], truth[:, rate], ":", color=MUTED, linewidth=1.2)
     phase.plot(seen[:, sine], seen[:, rate], color=INK, linewidth=2.6)
-    style(phase, "A motion, seen in part", "sine of the angle", "rate of the pole")
+    style(
+        phase,
+        "A motion, seen in part",
+        "sine of the angle (standardized)",
+        "rate of the pole (standardized)",
+    )
     head(phase, phase.get_title(loc="left"), LINE)  # level with the other panel's
 
     for first, last in spans(hidden):
@@ -38,7 +43,7 @@ def main() -> None:
             panel.plot(time_s[inside], fill[inside], **line)
     panel.plot(time_s, truth[:, rate], ":", color=MUTED, linewidth=1.3, label="hidden truth")
     panel.plot(time_s, seen[:, rate], color=INK, linewidth=2.6, label="visible")
-    style(panel, "What can be known about the rest?", "time / s", "rate of the pole")
+    style(panel, "What can be known about the rest?", "time / s", "rate of the pole (standardized)")
     panel.grid(axis="x", visible=False)
     legend(panel)
     atomic_write(TARGET, fig.png(dpi=150))

@@ -38,12 +38,12 @@ def require(
     if not holds:
         raise TrajbookError(f"{name} = {value!r} is not possible: it must be {allowed}")
 
-# %% ../nbs/01_config.ipynb #ed4b8b96
+# %% ../nbs/01_config.ipynb #47f1460b
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine", "plateau"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
-
+# %% ../nbs/01_config.ipynb #048bb7ba
 @dataclass(frozen=True)
 class TrainConfig:
     "How a model is optimized; everything is counted in optimizer steps."
@@ -94,18 +94,18 @@ class TrainConfig:
             all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "two numbers in [0, 1)"
         )
 
-# %% ../nbs/01_config.ipynb #cc275e76
+# %% ../nbs/01_config.ipynb #4d3c0c11
 C = TypeVar("C")
 
-
+# %% ../nbs/01_config.ipynb #b8206bc9
 @lru_cache(maxsize=256)
 def _adapter(kind: object) -> TypeAdapter:
-    "Pydantic's checker for a type; cached, since building one takes milliseconds."
+    "Pydantic's checker for a type; cached, since building one is slow."
     if dataclasses.is_dataclass(kind):
         kind.__pydantic_config__ = ConfigDict(extra="forbid")
     return TypeAdapter(kind)
 
-
+# %% ../nbs/01_config.ipynb #2c434234
 def _sentence(error: ValidationError, prefix: str) -> str:
     "The first problem of a validation, as one sentence with the field's dotted name."
     first = error.errors()[0]
@@ -132,18 +132,18 @@ def coerce(
     except ValidationError as e:
         raise TrajbookError(_sentence(e, name)) from None
 
-# %% ../nbs/01_config.ipynb #0fb4b375
+# %% ../nbs/01_config.ipynb #e92759e1
 def to_dict(cfg: object) -> dict:
     "A config as plain values that JSON can hold."
     return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
 
-
+# %% ../nbs/01_config.ipynb #cec9f053
 def from_dict(kind: type[C], values: Mapping) -> C:
     "The config that `values` describe; unknown names, wrong types and impossible values are refused."
     _known(kind, values, "")
     return coerce(kind, dict(values), "")
 
-# %% ../nbs/01_config.ipynb #2a8f139e
+# %% ../nbs/01_config.ipynb #b2eab3c0
 def nearest(
     name: str,  # What was asked for
     known: list[str],  # What exists
@@ -154,7 +154,7 @@ def nearest(
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
     return f"unknown {what} {name!r}: {hint}"
 
-
+# %% ../nbs/01_config.ipynb #12c8d89d
 def field_types(cfg: object) -> dict[str, object]:
     "Every dotted field name of a config (class or instance) with its type."
     kind = cfg if isinstance(cfg, type) else type(cfg)
@@ -166,7 +166,7 @@ def field_types(cfg: object) -> dict[str, object]:
             found[name] = hint
     return found
 
-
+# %% ../nbs/01_config.ipynb #88f4ae28
 def _known(kind: type, values: Mapping, prefix: str) -> None:
     "Refuse names in nested `values` that `kind` does not have, naming the nearest."
     hints = get_type_hints(kind)
@@ -193,18 +193,18 @@ def override(
         place[leaf] = coerce(types[name], value, name)
     return _replace(cfg, tree)
 
-# %% ../nbs/01_config.ipynb #7dc2733e
+# %% ../nbs/01_config.ipynb #6f4648a0
 def _replace(cfg: C, changes: dict) -> C:
     new = {
         k: _replace(getattr(cfg, k), v) if _is_branch(cfg, k, v) else v for k, v in changes.items()
     }
     return dataclasses.replace(cfg, **new)
 
-
+# %% ../nbs/01_config.ipynb #da19e1e8
 def _is_branch(cfg: object, name: str, value: object) -> bool:
     return isinstance(value, dict) and dataclasses.is_dataclass(getattr(cfg, name))
 
-# %% ../nbs/01_config.ipynb #c3d9073d
+# %% ../nbs/01_config.ipynb #c32c0cb8
 def load_config_file(path: str | Path) -> dict:
     "A nested mapping from a YAML or JSON file."
     path = Path(path)
@@ -218,13 +218,13 @@ def load_config_file(path: str | Path) -> dict:
         raise TrajbookError(f"{path} holds no settings: expected names and values")
     return values
 
-
+# %% ../nbs/01_config.ipynb #67e3506f
 def merge(cfg: C, values: Mapping) -> C:
     "A config with a nested mapping laid over it; checked as a whole."
     _known(type(cfg), values, "")
     return coerce(type(cfg), _overlay(to_dict(cfg), values), "")
 
-
+# %% ../nbs/01_config.ipynb #5ad9f9b5
 def _overlay(base: dict, values: Mapping) -> dict:
     "`values` over `base`, branch by branch."
     for name, value in values.items():
@@ -245,7 +245,7 @@ class Method:
     headline: tuple[str, ...] = ()  # result keys shown after a run
     notebooks: Mapping[str, str] = field(default_factory=dict)  # stage → "mae/12_train"
 
-# %% ../nbs/01_config.ipynb #dc5e4162
+# %% ../nbs/01_config.ipynb #965a3115
 def methods() -> tuple[str, ...]:
     "Names of the methods: the subpackages of trajbook that have a `data` module."
     found = []
@@ -256,7 +256,7 @@ def methods() -> tuple[str, ...]:
                 found.append(info.name)
     return tuple(sorted(found))
 
-
+# %% ../nbs/01_config.ipynb #3a4ec8e8
 def load_method(name: str) -> Method:
     "The `METHOD` of `trajbook.<name>.data`."
     if name not in methods():
@@ -288,17 +288,17 @@ def resolve(
     later = {k: v for k, v in later.items() if v is not None}
     return override(cfg, {**(overrides or {}), **later})
 
-# %% ../nbs/01_config.ipynb #db7e070d
+# %% ../nbs/01_config.ipynb #562d17e6
 NUMERIC_GROUND = ("core", "config", "data", "nn", "metrics", "checkpoint", "train")
 
-
+# %% ../nbs/01_config.ipynb #2323c582
 def config_hash(value: object) -> str:  # 12 hexadecimal digits
     "Fingerprint of a config, a part of one or any plain value."
     plain = to_dict(value) if dataclasses.is_dataclass(value) else value
     text = json.dumps(plain, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-
+# %% ../nbs/01_config.ipynb #f4a90cea
 def _without_docstrings(source: str) -> str:
     "The syntax tree of `source` as text, without comments and docstrings."
     tree = ast.parse(source)
@@ -309,7 +309,7 @@ def _without_docstrings(source: str) -> str:
                 body[0].value.value = ""
     return ast.dump(tree)
 
-# %% ../nbs/01_config.ipynb #07a30054
+# %% ../nbs/01_config.ipynb #14be9420
 def code_files(method: str | None = None) -> list[Path]:
     "The modules whose code can change a method's numbers."
     package = Path(trajbook.__path__[0])
@@ -320,7 +320,7 @@ def code_files(method: str | None = None) -> list[Path]:
         own = sorted(folder.glob("*.py"))
     return [p for p in ground + own if p.exists()]
 
-
+# %% ../nbs/01_config.ipynb #dfa88e41
 def code_hash(method: str | None = None) -> str:  # 12 hexadecimal digits
     "Fingerprint of the code that makes a method's numbers; comments and docstrings do not count."
     digest = hashlib.sha256()

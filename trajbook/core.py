@@ -42,7 +42,7 @@ def expect_error(
     missing = [w for w in words if w not in caught[0]]
     assert not missing, f"{missing} not in the message: {caught[0]}"
 
-# %% ../nbs/00_core.ipynb #2da49c38
+# %% ../nbs/00_core.ipynb #375f8520
 def root() -> Path:  # Folder that holds `runs/`, `data/` and, in a checkout, `nbs/`
     "The project's root: `TRAJBOOK_ROOT`, else the checkout of this package, else the working folder."
     if chosen := os.environ.get("TRAJBOOK_ROOT"):
@@ -53,17 +53,17 @@ def root() -> Path:  # Folder that holds `runs/`, `data/` and, in a checkout, `n
             return folder
     return Path.cwd()
 
-
+# %% ../nbs/00_core.ipynb #9b85b5c1
 def has_notebooks() -> bool:  # True in a checkout, False in an installed wheel
     "Whether the book's notebooks are at hand."
     return (root() / "nbs" / "00_core.ipynb").exists()
 
-# %% ../nbs/00_core.ipynb #69bc33ce
+# %% ../nbs/00_core.ipynb #fb2ee420
 def _place(variable: str, *default: str) -> Path:
     chosen = os.environ.get(variable)
     return Path(chosen).expanduser().resolve() if chosen else root().joinpath(*default)
 
-
+# %% ../nbs/00_core.ipynb #475692c7
 def runs_dir() -> Path:
     "Where named runs are written (`TRAJBOOK_RUNS`)."
     return _place("TRAJBOOK_RUNS", "runs")
@@ -78,7 +78,7 @@ def results_dir() -> Path:
     "Where published, committed results lie (`TRAJBOOK_RESULTS`)."
     return _place("TRAJBOOK_RESULTS", "data", "results")
 
-# %% ../nbs/00_core.ipynb #b52d0fe5
+# %% ../nbs/00_core.ipynb #7ce13dff
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     "Turns the operating system's errors about `path` into one sentence."
@@ -88,7 +88,7 @@ def _explained(path: Path) -> Iterator[None]:
         reason = e.strerror or str(e)
         raise TrajbookError(f"cannot write {path}: {reason.lower()}") from e
 
-
+# %% ../nbs/00_core.ipynb #c36cbfcc
 def _sync_folder(folder: Path) -> None:
     "Makes a rename in `folder` survive a power cut, where the system supports it."
     if os.name == "posix":
@@ -145,7 +145,7 @@ def atomic_folder(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #14383580
+# %% ../nbs/00_core.ipynb #ce1d62de
 def _plain(value: object) -> object:
     "NumPy scalars and arrays, tuples and paths as plain JSON values."
     if isinstance(value, np.generic):
@@ -156,7 +156,7 @@ def _plain(value: object) -> object:
         return value.as_posix()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
-
+# %% ../nbs/00_core.ipynb #58f83aec
 def write_json(path: str | Path, value: object, indent: int | None = 1) -> Path:
     "Write `value` atomically as strict JSON: NaN and infinities are an error."
     try:
@@ -179,7 +179,7 @@ def read_json(path: str | Path) -> object:
     except (ValueError, RecursionError, OSError) as e:
         raise TrajbookError(f"{path} is damaged or not JSON: {e}") from e
 
-# %% ../nbs/00_core.ipynb #a1d36aab
+# %% ../nbs/00_core.ipynb #43cdfd62
 def append_jsonl(path: str | Path, *rows: dict) -> None:
     "Append rows to a file with one JSON object per line."
     path = Path(path)
@@ -188,7 +188,7 @@ def append_jsonl(path: str | Path, *rows: dict) -> None:
         with path.open("a", encoding="utf-8") as f:
             f.writelines(json.dumps(r, default=_plain) + "\n" for r in rows)
 
-
+# %% ../nbs/00_core.ipynb #cc84d45c
 def read_jsonl(path: str | Path) -> list[dict]:
     "All complete rows; a last line that was cut off is left out."
     path = Path(path)
@@ -223,7 +223,7 @@ def lock(
     finally:
         held.release()
 
-# %% ../nbs/00_core.ipynb #63b392bd
+# %% ../nbs/00_core.ipynb #77faf1e5
 def key_to_seed(
     *key: int | str,  # Parts of the stream's name
 ) -> int:  # 128-bit seed
@@ -234,7 +234,7 @@ def key_to_seed(
     parts = [f"s{len(p)}:{p}" if isinstance(p, str) else f"i{int(p)}" for p in key]
     return int.from_bytes(hashlib.blake2b("|".join(parts).encode(), digest_size=16).digest())
 
-
+# %% ../nbs/00_core.ipynb #8bba7ede
 def rng(*key: int | str) -> np.random.Generator:
     "NumPy generator for the stream with this name."
     return np.random.Generator(np.random.PCG64(key_to_seed(*key)))

@@ -25,10 +25,12 @@ from ..core import TrajbookError, rng
 from ..data import Field, Trajectories, generate
 from ..run import Run, RunReader, stage
 
-# %% ../../nbs/mae/10_data.ipynb #d72c0d37
+# %% ../../nbs/mae/10_data.ipynb #630c3d4e
 STATE = ("position_m", "angle_rad", "velocity_mps", "angular_velocity_radps")
 FEATURES = ("x", "sin", "cos", "velocity", "angular_velocity")
 BEHAVIOURS = ("passive", "random", "sinusoid", "swingup", "piecewise")
+
+# %% ../../nbs/mae/10_data.ipynb #7e2a40d6
 FORCE_N = 10.0  # the motor's gear in dm_control's cartpole.xml: newtons at action 1
 DT_S = 0.01  # time step of that file
 
@@ -134,7 +136,7 @@ class LossConfig:
         ok = self.views == 2 or (self.views == 1 and not self.same_trajectory)
         require(ok, "loss.views", self.views, "2 to compare two windows of a trajectory, else 1")
 
-# %% ../../nbs/mae/10_data.ipynb #277abe05
+# %% ../../nbs/mae/10_data.ipynb #74175d00
 @lru_cache(maxsize=1)
 def _description():
     "dm_control's own cart-pole file, parsed, without what only a renderer needs."
@@ -149,7 +151,7 @@ def _description():
         spec.delete(item)
     return spec
 
-
+# %% ../../nbs/mae/10_data.ipynb #8673c060
 def cartpole_model(
     pole_length: float = 1.0,  # m
     pole_mass: float = 0.1,  # kg
@@ -249,7 +251,7 @@ def force_program(
         return u
     return np.zeros(n_steps)
 
-# %% ../../nbs/mae/10_data.ipynb #32df36b0
+# %% ../../nbs/mae/10_data.ipynb #2ebc2f21
 def balance_gain(c: Constants) -> np.ndarray:  # (4,) newtons per unit of state
     "LQR gain for the upright pole: force = -gain @ state."
     from scipy.linalg import solve_continuous_are
@@ -263,7 +265,7 @@ def balance_gain(c: Constants) -> np.ndarray:  # (4,) newtons per unit of state
     cost = solve_continuous_are(A, B, np.diag([4.0, 20.0, 1.0, 1.0]), np.array([[price]]))
     return (B.T @ cost / price)[0]
 
-
+# %% ../../nbs/mae/10_data.ipynb #bc650b37
 def swing_up_force(
     state: np.ndarray,  # (4,) angle unwrapped
     c: Constants,
@@ -354,7 +356,7 @@ SCHEMA = (
     Field("upright", "int64", level="episode", description="1 = balanced during the last second"),
 )
 
-# %% ../../nbs/mae/10_data.ipynb #6800ac62
+# %% ../../nbs/mae/10_data.ipynb #dee13f38
 def stratified_split(
     behaviour: np.ndarray,  # (N,) label of each trajectory
     shares: tuple[float, float, float],  # train, val, test
@@ -369,7 +371,7 @@ def stratified_split(
         names[mine[:n_test]], names[mine[n_test : n_test + n_val]] = "test", "val"
     return names.tolist()
 
-
+# %% ../../nbs/mae/10_data.ipynb #0f45d479
 def make_dataset(
     cfg: DataConfig,
     path: str | Path,  # Folder of the finished data set
@@ -380,7 +382,7 @@ def make_dataset(
     split = stratified_split(np.arange(n) % len(BEHAVIOURS), cfg.split, cfg.seed)
     return generate(make_episode, n, SCHEMA, path=path, split=split, desc="cart-pole", **options)
 
-# %% ../../nbs/mae/10_data.ipynb #445cbc4e
+# %% ../../nbs/mae/10_data.ipynb #91982085
 def embed_states(
     states: np.ndarray,  # (..., 4) as STATE
 ) -> np.ndarray:  # (..., 5) as FEATURES, in SI units
@@ -388,7 +390,7 @@ def embed_states(
     x, angle, velocity, rate = np.moveaxis(np.asarray(states, np.float64), -1, 0)
     return np.stack([x, np.sin(angle), np.cos(angle), velocity, rate], -1)
 
-
+# %% ../../nbs/mae/10_data.ipynb #13b3db8f
 def normalizer(
     data: Trajectories,  # With a train split, or all of it is used
 ) -> tuple[np.ndarray, np.ndarray]:  # Mean (5,), standard deviation (5,)
@@ -397,7 +399,7 @@ def normalizer(
     features = embed_states(train["state"])
     return features.mean(0), features.std(0) + 1e-6
 
-# %% ../../nbs/mae/10_data.ipynb #53a5b4f6
+# %% ../../nbs/mae/10_data.ipynb #3a2e7335
 @dataclass(frozen=True)
 class EvaluateConfig:
     "How the models are judged. Tuples have one entry per fraction of the labels."
@@ -413,7 +415,7 @@ class EvaluateConfig:
     mlp_steps: int = 300  # of the patch-independent network
     timing_rounds: int = 3
 
-
+# %% ../../nbs/mae/10_data.ipynb #814163dc
 @dataclass(frozen=True)
 class DistillConfig:
     "How the students are made."
@@ -428,7 +430,7 @@ class DistillConfig:
     transformer_layers: int = 2
     transformer_heads: int = 4
 
-# %% ../../nbs/mae/10_data.ipynb #35ecf3e8
+# %% ../../nbs/mae/10_data.ipynb #66da110f
 @dataclass(frozen=True)
 class VariantConfig:
     "One network and how it is trained."
@@ -438,12 +440,14 @@ class VariantConfig:
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
 
-
+# %% ../../nbs/mae/10_data.ipynb #36151805
 FIXED_RATIO = {"mask.patch": 0.65, "mask.block": 0.35, "mask.light": 0.0}
 DOCUMENT = {
     "model.normalize": "raw", "mask.random": 1.0, "mask.light": 0.0, "mask.ratio": (0.75, 0.75),
     "loss.reflect": False, "train.lr": 1e-4,
 }  # fmt: skip
+
+# %% ../../nbs/mae/10_data.ipynb #5a714d23
 ABLATIONS = {  # name: (what it starts from, what it changes, what for)
     "mae_only": (
         "patch",
@@ -513,19 +517,21 @@ def document_variant(n_train: int = 1080, epochs: int = 200, batch_size: int = 6
     )
     return VariantConfig(model, mask, LossConfig(), train)
 
-# %% ../../nbs/mae/10_data.ipynb #72f7750e
+# %% ../../nbs/mae/10_data.ipynb #ea39dfbe
 SIZE = {  # n_trajectories, n_steps; then d_model, n_layers, n_heads, d_ff, dropout, decoder_hidden
     "tiny": (DataConfig(n_trajectories=60, n_steps=500), (64, 2, 4, 128, 0.0, (128,))),
     "small": (DataConfig(n_trajectories=1440, n_steps=1000), (128, 4, 4, 512, 0.0, (512,))),
     "full": (DataConfig(n_trajectories=1440, n_steps=1000), (256, 6, 8, 1024, 0.1, (1024, 512))),
 }
+
+# %% ../../nbs/mae/10_data.ipynb #826a63e3
 MASKS = {
     "patch": MaskConfig(patch=0.45, block=0.25, light=0.3, ratio=(0.75, 0.75)),
     "step": MaskConfig(patch=0, block=0, random=0.9, light=0.1, ratio=(0.7, 0.92)),
 }
 LOSS = LossConfig(visible=0.1, same_trajectory=0.05, views=2, reflect=True)
 
-
+# %% ../../nbs/mae/10_data.ipynb #6addda64
 def sized(preset: str, patch: int) -> ModelConfig:
     "A network of the preset's size."
     d_model, n_layers, n_heads, d_ff, dropout, hidden = SIZE[preset][1]
@@ -533,7 +539,7 @@ def sized(preset: str, patch: int) -> ModelConfig:
     extra = {"spectral": patch > 1, "summary": 64 if patch > 1 else 0}
     return ModelConfig(patch, 250, **shape, dropout=dropout, decoder_hidden=hidden, **extra)
 
-# %% ../../nbs/mae/10_data.ipynb #a04ece61
+# %% ../../nbs/mae/10_data.ipynb #d6147c8b
 def _preset(name: str, patch: TrainConfig, step: TrainConfig, **more) -> MAEConfig:
     "A preset with these two trainings."
     single = VariantConfig(sized(name, 1), MASKS["step"], LossConfig(reflect=True), step)
@@ -542,10 +548,12 @@ def _preset(name: str, patch: TrainConfig, step: TrainConfig, **more) -> MAEConf
         train=patch, step=single, **more,
     )  # fmt: skip
 
-
+# %% ../../nbs/mae/10_data.ipynb #140e708c
 SECONDS = {"eval_every": 20, "save_every": 20, "log_every": 5}
 MINUTES = {"eval_every": 250, "save_every": 250, "log_every": 25}
 HOURS = {"eval_every": 1000, "save_every": 1000, "log_every": 50}
+
+# %% ../../nbs/mae/10_data.ipynb #2b5b3ea2
 PRESETS = {
     "tiny": _preset(
         "tiny",
@@ -576,9 +584,13 @@ PRESETS = {
         distill=DistillConfig(windows=200_000, steps=20_000, batch_size=512),
     ),
 }  # fmt: skip
+
+# %% ../../nbs/mae/10_data.ipynb #9810418a
 PRESETS["document"] = dataclasses.replace(
     PRESETS["full"], preset="document", variants=("step",), step=document_variant()
 )
+
+# %% ../../nbs/mae/10_data.ipynb #0687c0d8
 PRESETS["ablations"] = dataclasses.replace(
     PRESETS["small"],
     preset="ablations",
@@ -593,7 +605,7 @@ PRESETS["ablations"] = dataclasses.replace(
     distill=PRESETS["tiny"].distill,
 )
 
-# %% ../../nbs/mae/10_data.ipynb #80830d05
+# %% ../../nbs/mae/10_data.ipynb #4cd162f4
 ROWS = ("model", "ar", "hermite", "linear", "mean")
 HEADLINE = (
     *(f"evaluate.masked_mse.patch10_75.{row}" for row in ROWS),
@@ -609,6 +621,8 @@ HEADLINE = (
         for n in ("r2", "probe_drop", "speedup")
     ),
 )
+
+# %% ../../nbs/mae/10_data.ipynb #9c3c02e5
 METHOD = Method(
     name="mae",
     title="Trajectory masked autoencoder on dm_control's cart-pole",
@@ -625,7 +639,7 @@ METHOD = Method(
     },
 )
 
-# %% ../../nbs/mae/10_data.ipynb #78e1753e
+# %% ../../nbs/mae/10_data.ipynb #a40980e0
 @stage("mae", "data")
 def run_stage(cfg: MAEConfig, run: Run) -> None:
     "Make the trajectories, or find them in the cache."
@@ -641,15 +655,15 @@ def run_stage(cfg: MAEConfig, run: Run) -> None:
     run.record("data.largest_angle", float(np.abs(data["state"][:, 1]).max()), "rad")
     run.record("data.upright_share", float(data.labels["upright"].mean()), "1")
 
-
+# %% ../../nbs/mae/10_data.ipynb #1c4a37fb
 def load_data(run: RunReader) -> Trajectories:
     "The trajectories of a run."
     return Trajectories.open(run.shared("data"))
 
-# %% ../../nbs/mae/10_data.ipynb #2eca4ae3
+# %% ../../nbs/mae/10_data.ipynb #efc6979c
 RECORDING = (Field("state", "float32", (4,), "m, rad, m/s, rad/s"),)
 
-
+# %% ../../nbs/mae/10_data.ipynb #dffd3aad
 def column_names(path: Path) -> list[str]:
     "Header of a CSV or Parquet file."
     if path.suffix == ".parquet":

@@ -24,10 +24,10 @@ from .data import FEATURES, MAEConfig, MaskConfig, ModelConfig, normalizer, vari
 from ..nn import Encoder, Linear, count_parameters, sinusoidal_positions
 from ..run import Run, stage
 
-# %% ../../nbs/mae/11_model.ipynb #71fe5da8
+# %% ../../nbs/mae/11_model.ipynb #7e909feb
 KINDS = ("random", "patch", "block", "autoregressive")
 
-
+# %% ../../nbs/mae/11_model.ipynb #8bcfd54e
 def choose_block(draw: np.random.Generator, n: int, hidden: int, width: int) -> np.ndarray:
     "`hidden` of `n` units in spans of `width` at random places; the last span is cut to fit."
     mask = np.zeros(n, bool)
@@ -37,7 +37,7 @@ def choose_block(draw: np.random.Generator, n: int, hidden: int, width: int) -> 
         mask[span[~mask[span]][:left]] = True
     return mask
 
-
+# %% ../../nbs/mae/11_model.ipynb #97eab0ce
 def choose_autoregressive(draw: np.random.Generator, n: int, hidden: int) -> np.ndarray:
     "The last units, and random ones before them, `hidden` in all."
     mask, tail = np.zeros(n, bool), int(draw.integers(1, hidden + 1)) if hidden else 0
@@ -69,7 +69,7 @@ def make_mask(
         mask[draw.permutation(n)[:hidden]] = True
     return np.repeat(mask, unit)[:n_steps]
 
-# %% ../../nbs/mae/11_model.ipynb #5ed090e2
+# %% ../../nbs/mae/11_model.ipynb #37dd50f4
 def draw_mask(
     cfg: MaskConfig,
     draw: np.random.Generator,
@@ -87,7 +87,7 @@ def draw_mask(
     mask[:n] = make_mask(kind, draw, n, ratio, cfg.patch_steps, cfg.block_steps)
     return mask
 
-
+# %% ../../nbs/mae/11_model.ipynb #aa37ba3a
 def eval_masks(
     kind: str,  # One of KINDS
     ratio: float,
@@ -231,7 +231,7 @@ class MotionFeatures(nn.Module):
             x = torch.einsum("kp,blpc->blkc", self.dct.to(x.dtype), x) / self.spectrum_std
         return x.flatten(2)
 
-# %% ../../nbs/mae/11_model.ipynb #3fe931fe
+# %% ../../nbs/mae/11_model.ipynb #b5587de1
 def set_normalizer(
     self: MotionFeatures,
     mean: Sequence[float],  # (5,) of the raw features
@@ -246,14 +246,14 @@ def set_normalizer(
     if spectrum is not None:
         self.spectrum_std.copy_(torch.as_tensor(spectrum, **kind))
 
-
+# %% ../../nbs/mae/11_model.ipynb #cb3cd2b0
 def copy_normalizer(self: MotionFeatures, other: MotionFeatures) -> None:
     "Take the statistics of another model with the same patches."
     set_normalizer(
         self, other.feature_mean.tolist(), other.feature_std.tolist(), other.spectrum_std
     )
 
-
+# %% ../../nbs/mae/11_model.ipynb #ac9f36a9
 def fit_normalizer(
     self: MotionFeatures,
     data: Trajectories,  # With a train split, or all of it is used
@@ -274,7 +274,7 @@ def fit_normalizer(
     spectrum = self.patches(self.features(states, actions))
     self.spectrum_std.copy_(spectrum.view(-1, P, self.spectrum_std.shape[1]).std(0) + 1e-3)
 
-
+# %% ../../nbs/mae/11_model.ipynb #0a094e6f
 MotionFeatures.set_normalizer = set_normalizer
 MotionFeatures.copy_normalizer = copy_normalizer
 MotionFeatures.fit_normalizer = torch.no_grad()(fit_normalizer)
@@ -458,7 +458,7 @@ class TrajectoryMAE(Representer):
             ignore = hidden if ignore is None else hidden | ignore
         return found, F.normalize(self.summary(pool(tokens, ignore)).float(), dim=-1)
 
-# %% ../../nbs/mae/11_model.ipynb #d36df871
+# %% ../../nbs/mae/11_model.ipynb #e31e9a16
 def state_field(data: Trajectories) -> str:
     "The field that holds the four state variables."
     fits = [n for n, f in data.schema.items() if f.level == "step" and f.shape == (4,)]
@@ -469,7 +469,7 @@ def state_field(data: Trajectories) -> str:
         f"angular velocity rad/s; they have {', '.join(fits or data.schema)}"
     )
 
-
+# %% ../../nbs/mae/11_model.ipynb #df048903
 @torch.inference_mode()
 def embed(
     model: Representer,  # In evaluation mode
@@ -517,10 +517,10 @@ def describe(
         "outputs": {"reconstruction": reconstruction, "representation": vector},
     }
 
-# %% ../../nbs/mae/11_model.ipynb #4654b264
+# %% ../../nbs/mae/11_model.ipynb #3598c546
 DEFAULT_CHECKPOINT = "patch/best"
 
-
+# %% ../../nbs/mae/11_model.ipynb #37780f48
 def example(cfg: MAEConfig) -> tuple[TrajectoryMAE, tuple[Tensor, Tensor]]:
     "A fresh network and arguments of its `forward`."
     states = torch.linspace(-1, 1, 2 * cfg.model.window * 4).view(2, -1, 4)

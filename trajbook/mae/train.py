@@ -64,7 +64,7 @@ def loss_fn(
         extra, metrics["contrast"] = extra + loss.same_trajectory * contrast, contrast
     return masked_sum + weight * extra, weight, metrics
 
-# %% ../../nbs/mae/12_train.ipynb #0b55caa5
+# %% ../../nbs/mae/12_train.ipynb #4d51be0e
 class Choice(NamedTuple):
     "What is random about the windows of one trajectory."
 
@@ -72,7 +72,7 @@ class Choice(NamedTuple):
     signs: list[float]  # -1 = mirrored
     masks: list[np.ndarray]  # (W,) True = hidden
 
-
+# %% ../../nbs/mae/12_train.ipynb #a8858aa6
 def choose(
     n_valid: int,  # Steps of the trajectory that are not padding
     window: int,  # W
@@ -93,7 +93,7 @@ def choose(
         starts.tolist(), signs.tolist(), [draw_mask(mask, draw, window, n) for n in valid]
     )
 
-# %% ../../nbs/mae/12_train.ipynb #ed6668e3
+# %% ../../nbs/mae/12_train.ipynb #acec3df6
 class Views(NamedTuple):
     "The windows of a batch: first all first ones, then all second ones."
 
@@ -102,7 +102,7 @@ class Views(NamedTuple):
     is_padding: Tensor | None  # (V B, W), None if nothing is padding
     actions: Tensor | None  # (V B, W, 1)
 
-
+# %% ../../nbs/mae/12_train.ipynb #43edd59c
 def cut_views(
     batch: dict,  # As `loss_fn` gets it
     window: int,  # W
@@ -144,7 +144,7 @@ def same_trajectory_loss(
     partner = torch.arange(len(scores), device=scores.device).roll(len(scores) // 2)
     return F.cross_entropy(scores, partner), (scores.argmax(1) == partner).float().mean()
 
-# %% ../../nbs/mae/12_train.ipynb #08a70311
+# %% ../../nbs/mae/12_train.ipynb #f82eebf6
 def fresh_model(cfg: MAEConfig, name: str, data: Trajectories) -> TrajectoryMAE:
     "A network of this variant with initial weights and the training data's statistics."
     with torch.random.fork_rng(devices=[]):
@@ -153,7 +153,7 @@ def fresh_model(cfg: MAEConfig, name: str, data: Trajectories) -> TrajectoryMAE:
     model.fit_normalizer(data)
     return model
 
-
+# %% ../../nbs/mae/12_train.ipynb #21542241
 def stream(
     cfg: MAEConfig,
     name: str,  # Of the variant
@@ -170,7 +170,7 @@ def stream(
     batches = Batches(train, fields, size, seed=cfg.seed, rank=rank, world=world)
     return batches, list(val.batches(max(size, 16), fields))
 
-# %% ../../nbs/mae/12_train.ipynb #bff6da5a
+# %% ../../nbs/mae/12_train.ipynb #704f856b
 def snapshot(
     model: TrajectoryMAE,
     batch: dict,  # A validation batch
@@ -196,7 +196,7 @@ def snapshot(
     arrays = {k: v[0].float().cpu().numpy() for k, v in found.items()}
     return arrays | {"is_masked": views.is_masked[0].cpu().numpy()}
 
-
+# %% ../../nbs/mae/12_train.ipynb #30613790
 def draw_snapshot(found: dict[str, np.ndarray]):  # Picture
     "Cart velocity, sine of the angle and its rate: the features that move fastest."
     from trajbook.viz import reconstruction  # training itself needs no drawing library
@@ -208,7 +208,7 @@ def draw_snapshot(found: dict[str, np.ndarray]):  # Picture
     truth, labels = found["truth"][:, columns], list(names.values())
     return reconstruction(time_s, truth, found["is_masked"], guesses, labels)
 
-# %% ../../nbs/mae/12_train.ipynb #559e4c17
+# %% ../../nbs/mae/12_train.ipynb #1a41c497
 def save_model(model: TrajectoryMAE, path: Path, *, name: str, seed: int) -> None:
     "Write a checkpoint that rebuilds its model by itself."
     scale = {"mean": model.feature_mean.tolist(), "std": model.feature_std.tolist()}
@@ -217,7 +217,7 @@ def save_model(model: TrajectoryMAE, path: Path, *, name: str, seed: int) -> Non
         path, model, method="mae", normalizer=scale, extra=extra, **describe(model.config)
     )
 
-
+# %% ../../nbs/mae/12_train.ipynb #c50a6d8f
 def train_variant(
     cfg: MAEConfig,
     name: str,  # One of VARIANTS
