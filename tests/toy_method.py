@@ -1,6 +1,7 @@
 """A toy method in a temporary project, for tests of the runner: data -> train -> evaluate."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -142,6 +143,8 @@ class Project:
     def start(self, *words: str, **options) -> subprocess.Popen:
         call = "import sys; from trajbook.apps.cli import main; sys.exit(main())"
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        # a program that was started in the background ignores Ctrl-C, and so would its children
+        pipe["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen([sys.executable, "-c", call, *map(str, words)], env=self.env, cwd=self.root, **pipe | options)  # fmt: skip
 
     def call(self, *words: str, **options) -> tuple[int, str, str]:
