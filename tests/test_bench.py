@@ -13,7 +13,7 @@ import torch
 from trajbook.apps import bench
 from trajbook.core import TrajbookError
 from trajbook.mae.model import TrajectoryMAE
-from trajbook.nn import Encoder
+from trajbook.nn import Encoder, one_thread
 
 SIZE = {"window": 24, "n_layers": 1, "d_model": 32, "n_heads": 2, "d_ff": 64}
 SMALL = bench.document_network(**SIZE, decoder_hidden=(64, 32))
@@ -128,7 +128,7 @@ def test_interval_covers_a_known_ratio():
 
 def test_switches_are_put_back():
     threads, fast = torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
-    with pytest.raises(ZeroDivisionError), bench.one_thread(), bench.fastpath_off():
+    with pytest.raises(ZeroDivisionError), one_thread(), bench.fastpath_off():
         assert torch.get_num_threads() == 1 and not torch.backends.mha.get_fastpath_enabled()
         1 / 0  # noqa: B018
     assert (torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()) == (threads, fast)
@@ -196,7 +196,7 @@ def test_json_text():
 @pytest.mark.slow
 def test_forward_pass_is_faster_than_torchs_encoder():
     s = bench.document_network(n_layers=2)
-    with bench.one_thread():
+    with one_thread():
         motion = bench.motion_with_holes(s, 2)
         peers = {"ours": TrajectoryMAE(s), "torch": bench.with_encoder(s, bench.torch_encoder(s))}
         sides = {name: bench.forward_side(m, *motion) for name, m in peers.items()}

@@ -25,14 +25,13 @@ from trajbook.mae.distill import (  # noqa: E402
     LessonBatches,
     Lessons,
     MLPStudent,
-    MLPStudentConfig,
+    StudentConfig,
     TransformerStudent,
     TransformerStudentConfig,
     save_student,
 )
 from trajbook.mae.evaluate import (  # noqa: E402
     HOLES,
-    MemoryMeter,
     PatchMLP,
     Scale,
     WindowData,
@@ -61,6 +60,7 @@ from trajbook.mae.evaluate import (  # noqa: E402
 )
 from trajbook.mae.model import TrajectoryMAE, eval_masks  # noqa: E402
 from trajbook.metrics import masked_mse  # noqa: E402
+from trajbook.nn import MemoryMeter  # noqa: E402
 from trajbook.run import Run  # noqa: E402
 
 SMALL = ModelConfig(patch=10, window=100, d_model=32, n_layers=1, n_heads=2, d_ff=64)
@@ -257,7 +257,7 @@ def bench(tmp_path_factory):
     data = make_dataset(
         DataConfig(n_trajectories=40, n_steps=120), tmp_path_factory.mktemp("m") / "d"
     )
-    cfg = resolve("mae", "tiny", {"model.window": 100, "evaluate.mlp_steps": 2})
+    cfg = resolve("mae", "tiny", {"model.window": 100, "step.model.window": 100, "evaluate.mlp_steps": 2})
     torch.manual_seed(0)
     model = TrajectoryMAE(SMALL).eval()
     model.fit_normalizer(data)
@@ -313,7 +313,7 @@ def test_the_documents_numbers_contradict_one_another():
 
 
 STUDENTS = [
-    (MLPStudent, MLPStudentConfig(window=100, d_model=32, width=16)),
+    (MLPStudent, StudentConfig(window=100, d_model=32, width=16)),
     (TransformerStudent, TransformerStudentConfig(window=100, d_model=32, width=16)),
 ]
 

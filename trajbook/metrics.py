@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PENALTIES', 'Split', 'masked_mse', 'nmse', 'r2', 'accuracy', 'macro_f1', 'interval', 'paired_interval', 'beats',
            'raw_features', 'ProbeResult', 'standardize', 'ridge_path', 'ridge_probe', 'logistic_path', 'logistic_probe',
-           'stratified_subset', 'iqm', 'bootstrap_interval', 'probability_of_improvement', 'performance_profile']
+           'stratified_subset', 'iqm', 'bootstrap_interval', 'probability_of_improvement', 'performance_profile', 'pca']
 
 # %% ../nbs/04_metrics.ipynb #7295e2d0
 from collections.abc import Callable
@@ -320,3 +320,15 @@ def performance_profile(
 ) -> np.ndarray:  # (n,) share of runs above each threshold
     "Share of all runs and tasks whose score is above each threshold."
     return (np.asarray(scores).ravel() > np.asarray(thresholds)[:, None]).mean(1)
+
+# %% ../nbs/04_metrics.ipynb #350df72d
+def pca(
+    features: np.ndarray,  # (N, D) one row per trajectory
+    n_components: int = 2,  # Number of directions
+) -> tuple:  # coordinates (N, n_components), share of variance (n_components,)
+    "Coordinates along the directions of largest variance, with a fixed sign."
+    centered = np.asarray(features, dtype=float) - np.mean(features, 0)
+    u, s, vt = np.linalg.svd(centered, full_matrices=False)
+    sign = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])
+    share = s**2 / max(float((s**2).sum()), 1e-300)
+    return (u * s * sign)[:, :n_components], share[:n_components]

@@ -5,15 +5,23 @@
 # %% auto #0
 __all__ = ['SHORT', 'NORMS', 'MLPS', 'torch_generator', 'count_parameters', 'rms_norm', 'RMSNorm', 'sinusoidal_positions',
            'rope_angles', 'Rope', 'apply_rope', 'Linear', 'attention_mask', 'KVCache', 'attend_short', 'attend',
-           'split_heads', 'Attention', 'MLP', 'GatedMLP', 'Block', 'scaled_init_', 'Encoder', 'encoder_flops']
+           'split_heads', 'Attention', 'MLP', 'GatedMLP', 'Block', 'scaled_init_', 'Encoder', 'encoder_flops',
+           'MemoryMeter', 'one_thread', 'cpu_time']
 
-# %% ../nbs/03_nn.ipynb #2b1d4d80
+# %% ../nbs/03_nn.ipynb #3a98b1cf
 import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .core import TrajbookError, key_to_seed
 
@@ -467,3 +475,48 @@ def encoder_flops(
     matrices = _choose({"gelu": 2, "swiglu": 3}, mlp, "mlp")
     linear = 2 * T * (4 * d_model**2 + matrices * d_model * d_ff)
     return {"linear": n_layers * linear, "attention": n_layers * 4 * T * T * d_model}
+
+# %% ../nbs/03_nn.ipynb #73e561a0
+class MemoryMeter(TorchDispatchMode):
+    "Largest number of bytes in tensors that were made inside the block and alive at once."
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ):
+        made = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
+        for t in tree_leaves(made):
+            if isinstance(t, Tensor) and (s := t.untyped_storage())._cdata not in inputs:
+                self.alive[s._cdata] = (StorageWeakRef(s), s.nbytes())
+        self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return made
+
+# %% ../nbs/03_nn.ipynb #16e7d537
+@contextmanager
+def one_thread() -> Iterator[None]:
+    "PyTorch computes on one thread inside the block."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+# %% ../nbs/03_nn.ipynb #f0e4c84a
+def cpu_time(
+    call: Callable[[], object],
+    rounds: int = 3,
+) -> float:  # Seconds of processor time, median
+    "Processor time of a call."
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return statistics.median(times)

@@ -10,15 +10,15 @@ __all__ = ['LIBRARIES', 'CODE_PATHS', 'KEY', 'FRAME', 'DISK_ERRORS', 'PARAMETERS
            'maker_hash', 'shared_folder', 'check_metric', 'Recorder', 'pick_device', 'thread_variables', 'settle',
            'Run', 'flat', 'claim_folder', 'now', 'begin', 'measured', 'provenance', 'merge_results', 'files_in',
            'files_of', 'leavings', 'delete_files', 'reset_stages', 'disk_errors', 'check_order', 'save_products',
-           'compute', 'execute_stage', 'follow_stage', 'stage_module', 'stage_config', 'stage_program', 'stage',
-           'all_runs', 'by_seed', 'find_runs', 'find_run', 'open_run', 'assigned_names', 'refuse_unknown',
-           'check_injected', 'prepare', 'without_lessons', 'last_state', 'keep_notebook', 'StageFailed', 'known_errors',
-           'Listener', 'execute_notebook', 'in_notebook', 'die_with', 'child_result', 'in_process', 'empty_folder',
-           'reset_from', 'older_stages', 'has_changed', 'open_folder', 'Lines', 'show_seconds', 'Job', 'start_stage',
-           'time_left', 'child_environment', 'environment', 'run_seed', 'stop_children', 'side_by_side',
-           'choose_stages', 'run_home', 'run_method', 'refuse_unfinished', 'refuse_mixed', 'join_metrics',
-           'join_comparisons', 'join_arrays', 'published_name', 'publish', 'load_results', 'result_arrays',
-           'load_claims', 'check_claim', 'check_claims']
+           'compute', 'compute_and_keep', 'execute_stage', 'follow_stage', 'stage_module', 'stage_config',
+           'stage_program', 'stage', 'all_runs', 'by_seed', 'find_runs', 'find_run', 'open_run', 'assigned_names',
+           'refuse_unknown', 'check_injected', 'prepare', 'without_lessons', 'last_state', 'keep_notebook',
+           'StageFailed', 'known_errors', 'Listener', 'execute_notebook', 'in_notebook', 'die_with', 'child_result',
+           'in_process', 'empty_folder', 'reset_from', 'older_stages', 'has_changed', 'open_folder', 'Lines',
+           'show_seconds', 'Job', 'start_stage', 'time_left', 'child_environment', 'environment', 'run_seed',
+           'stop_children', 'side_by_side', 'choose_stages', 'run_home', 'run_method', 'refuse_unfinished',
+           'refuse_mixed', 'join_metrics', 'join_comparisons', 'join_arrays', 'published_name', 'publish',
+           'load_results', 'result_arrays', 'load_claims', 'check_claim', 'check_claims']
 
 # %% ../nbs/07_run.ipynb #58c7b355
 import ast
@@ -707,7 +707,28 @@ def compute(run: Run, body: Callable[[Any, Run], None]) -> None:
     settle(run.cfg, run.device if "torch" in sys.modules else None)
     body(run.cfg, run)
 
-# %% ../nbs/07_run.ipynb #c369ad74
+# %% ../nbs/07_run.ipynb #e8797542
+def compute_and_keep(
+    run: Run,
+    record: dict,  # The stage's record in `run.info`, from `begin`
+    body: Callable[[Any, Run], None],
+) -> None:
+    "Compute a stage, write its products, and last of all how it ended."
+    try:
+        with measured(run, record):
+            compute(run, body)
+            save_products(run)
+            others = [s for s in run.info["stages"] if s != run.stage]
+            record["files"] = sorted(files_in(run.dir) - files_of(run, others))
+        merge_results(run)
+    except BaseException:
+        with contextlib.suppress(TrajbookError):  # a full disk must not hide the first error
+            record["status"] = "failed" if record["status"] == "done" else record["status"]
+            write_json(run.path("run.json"), run.info)
+        raise
+    write_json(run.path("run.json"), run.info)
+
+# %% ../nbs/07_run.ipynb #6f9211f5
 def execute_stage(
     method: str,
     stage: str,
@@ -724,20 +745,7 @@ def execute_stage(
         run = Run(folder, cfg, stage)
         if run.stage_record(stage).get("status") == "done":
             return
-        record = begin(run, method)
-        try:
-            with measured(run, record):
-                compute(run, body)
-                save_products(run)
-                others = [s for s in run.info["stages"] if s != stage]
-                record["files"] = sorted(files_in(folder) - files_of(run, others))
-            merge_results(run)
-        except BaseException:
-            with contextlib.suppress(TrajbookError):  # a full disk must not hide the first error
-                record["status"] = "failed" if record["status"] == "done" else record["status"]
-                write_json(run.path("run.json"), run.info)
-            raise
-        write_json(run.path("run.json"), run.info)
+        compute_and_keep(run, begin(run, method), body)
 
 # %% ../nbs/07_run.ipynb #86b6a45e
 def follow_stage(stage: str, body: Callable, cfg: Any, folder: Path) -> None:
@@ -1256,7 +1264,7 @@ def run_home(method: str, name: str) -> Path:
         raise TrajbookError(f"{name!r} is no name for a run: use letters, digits, '.', '-' and '_'")
     return runs_dir() / method / name
 
-# %% ../nbs/07_run.ipynb #216dd5c2
+# %% ../nbs/07_run.ipynb #a9bb3d61
 def run_method(
     method: str,
     preset: str = "tiny",
@@ -1274,11 +1282,8 @@ def run_method(
     **again: bool,  # resume, fresh, update: what happens to what is there, see `open_folder`
 ) -> list[Path]:  # Run folders, one per seed
     "Run a method for one or several seeds."
-    todo, lines, home = (
-        choose_stages(method, stages),
-        Lines(stream),
-        run_home(method, name or preset),
-    )
+    todo, home = choose_stages(method, stages), run_home(method, name or preset)
+    lines = Lines(stream)
     if again.get("update") and stages:
         raise TrajbookError("update starts the whole run over: do not name stages")
     given = {"config_file": config_file, "device": device}

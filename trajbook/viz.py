@@ -7,10 +7,10 @@ __all__ = ['INK', 'MUTED', 'GRID', 'CARD', 'HOLE', 'PALETTE', 'MEANINGS', 'ROLES
            'picture', 'legend', 'seed_band', 'draw_baselines', 'curves', 'value_and_interval', 'draw_bar', 'bars',
            'strongest', 'draw_dots', 'draw_ratio', 'against_floor', 'spans', 'draw_holes', 'reconstruction',
            'mask_grid', 'thin', 'tails', 'time_frames', 'space_line', 'time_slider', 'space_style', 'trajectory_3d',
-           'pca', 'scatter_names', 'representation_map', 'label_efficiency', 'provenance_line', 'results_table',
+           'scatter_names', 'representation_map', 'label_efficiency', 'provenance_line', 'results_table',
            'PublishedRun', 'best_run']
 
-# %% ../nbs/08_viz.ipynb #927175a7
+# %% ../nbs/08_viz.ipynb #d0bfb07e
 import fnmatch
 import io
 import math
@@ -28,6 +28,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from scipy.stats import t as student_t
 
 from .core import TrajbookError
+from .metrics import pca
 from .run import Table, load_results, metric_table, result_arrays, show_number
 
 # %% ../nbs/08_viz.ipynb #8a1094fa
@@ -469,18 +470,6 @@ def trajectory_3d(
     fig = go.Figure(data=whole + heads, frames=frames, layout=space_style(axes, title))
     return fig.update_layout(sliders=[time_slider(frames, step_s, active)])
 
-# %% ../nbs/08_viz.ipynb #3d47a7db
-def pca(
-    features: np.ndarray,  # (N, D) one row per trajectory
-    n_components: int = 2,  # Number of directions
-) -> tuple:  # coordinates (N, n_components), share of variance (n_components,)
-    "Coordinates along the directions of largest variance, with a fixed sign."
-    centered = np.asarray(features, dtype=float) - np.mean(features, 0)
-    u, s, vt = np.linalg.svd(centered, full_matrices=False)
-    sign = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])
-    share = s**2 / max(float((s**2).sum()), 1e-300)
-    return (u * s * sign)[:, :n_components], share[:n_components]
-
 # %% ../nbs/08_viz.ipynb #ab7fdba1
 def scatter_names(
     ax: Axes,  # Axes to draw on
@@ -496,15 +485,17 @@ def scatter_names(
     options = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False}
     ax.legend(title=name, fontsize=8.5, markerscale=1.8, **options)
 
-# %% ../nbs/08_viz.ipynb #51eb2c6d
+# %% ../nbs/08_viz.ipynb #bd1d3fc7
 def representation_map(
     features: np.ndarray,  # (N, D) one row per trajectory
     labels: np.ndarray,  # (N,) names or numbers
     name: str = "",  # What the label is, with its unit
     title: str = "",  # Short title
+    share: np.ndarray | None = None,  # (2,) of variance, if `features` are two components already
 ) -> Picture:  # Scatter over the first two principal components
     "Representations in the plane of their two largest directions, colored by a label."
-    (xy, share), labels = pca(features), np.asarray(labels)
+    xy, share = pca(features) if share is None else (features, share)
+    labels = np.asarray(labels)
     fig, ax = picture(width=5.6, height=4.0)
     if labels.dtype.kind in "fiu" and len(np.unique(labels)) > 8:
         points = ax.scatter(*xy.T, c=labels, cmap="cividis", s=13, linewidth=0)

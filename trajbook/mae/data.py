@@ -34,7 +34,7 @@ BEHAVIOURS = ("passive", "random", "sinusoid", "swingup", "piecewise")
 FORCE_N = 10.0  # the motor's gear in dm_control's cartpole.xml: newtons at action 1
 DT_S = 0.01  # time step of that file
 
-# %% ../../nbs/mae/10_data.ipynb #ea6b23b9
+# %% ../../nbs/mae/10_data.ipynb #aed795be
 @dataclass(frozen=True)
 class DataConfig:
     "Which trajectories exist. `seed` fixes them and the test set, whatever the seed of the run."
@@ -45,6 +45,7 @@ class DataConfig:
     pole_length_m: tuple[float, float] = (0.4, 1.6)  # uniform; dm_control's own is 1.0
     pole_mass_kg: tuple[float, float] = (0.05, 0.5)  # uniform; dm_control's own is 0.1
     damping: tuple[float, float] = (1e-4, 5e-3)  # log-uniform, N m s/rad; dm_control's own is 2e-6
+    pump: tuple[float, float] = (0.3, 4.0)  # log-uniform, m/s^2; how hard a swing-up may push
     split: tuple[float, float, float] = (0.75, 1 / 12, 1 / 6)  # train, val, test
 
     def __post_init__(self):
@@ -52,9 +53,11 @@ class DataConfig:
         ok = self.n_trajectories >= least
         require(ok, "data.n_trajectories", self.n_trajectories, f"at least {least}")
         require(self.n_steps >= 100, "data.n_steps", self.n_steps, "at least 100")
-        for name in ("pole_length_m", "pole_mass_kg", "damping"):
+        for name in ("pole_length_m", "pole_mass_kg", "damping", "pump"):
             low, high = getattr(self, name)
             require(0 < low <= high, f"data.{name}", (low, high), "0 < lowest <= highest")
+        ok = min(self.split) > 0 and abs(sum(self.split) - 1) < 1e-6
+        require(ok, "data.split", self.split, "three shares above 0 that sum to 1")
 
 # %% ../../nbs/mae/10_data.ipynb #4dfced9a
 @dataclass(frozen=True)
@@ -265,11 +268,12 @@ def balance_gain(c: Constants) -> np.ndarray:  # (4,) newtons per unit of state
     cost = solve_continuous_are(A, B, np.diag([4.0, 20.0, 1.0, 1.0]), np.array([[price]]))
     return (B.T @ cost / price)[0]
 
-# %% ../../nbs/mae/10_data.ipynb #bc650b37
+# %% ../../nbs/mae/10_data.ipynb #f3e029d0
 def swing_up_force(
     state: np.ndarray,  # (4,) angle unwrapped
     c: Constants,
     gain: np.ndarray,  # (4,) from `balance_gain`
+    pump: float = 6.0,  # m/s^2, most that the cart is accelerated to add energy
 ) -> float:  # newtons
     "Pump energy until the pole is nearly up, then balance it."
     x, angle, v, rate = state
@@ -279,18 +283,19 @@ def swing_up_force(
         return force
     sin, cos = np.sin(angle), np.cos(angle)
     missing = 0.5 * c.inertia * rate**2 / (c.moment * c.gravity) + cos - 1  # 0 = enough energy
-    wish = np.clip(8 * missing * rate * cos, -6, 6) - 3 * x - v  # m/s^2
+    wish = np.clip(8 * missing * rate * cos, -pump, pump) - 3 * x - v  # m/s^2
     effective = c.cart_mass + c.pole_mass - (c.moment * cos) ** 2 / c.inertia
     fall = c.moment**2 * c.gravity * sin * cos / c.inertia - c.moment * rate**2 * sin
     return effective * wish + fall
 
-# %% ../../nbs/mae/10_data.ipynb #50001147
+# %% ../../nbs/mae/10_data.ipynb #1bd2434e
 def roll(
     model,  # mujoco.MjModel
     state: np.ndarray,  # (4,) start
     program: np.ndarray,  # (T,) from `force_program`
     feedback: bool = False,  # Swing up instead of following the program
     pull: tuple[float, float] = (0.2, 0.1),  # Action per metre and per m/s towards the middle
+    pump: float = 6.0,  # m/s^2, see `swing_up_force`
 ) -> tuple[np.ndarray, np.ndarray]:  # States (T + 1, 4), actions (T,)
     "Move a cart-pole by a program or by the swing-up controller."
     import mujoco
@@ -303,7 +308,7 @@ def roll(
     for t, u in enumerate(program):
         now = states[t]
         wish = (
-            swing_up_force(now, c, gain) / FORCE_N
+            swing_up_force(now, c, gain, pump) / FORCE_N
             if feedback
             else u - pull[0] * now[0] - pull[1] * now[2]
         )
@@ -312,7 +317,7 @@ def roll(
         states[t + 1, :2], states[t + 1, 2:] = data.qpos, data.qvel
     return states, actions
 
-# %% ../../nbs/mae/10_data.ipynb #93856073
+# %% ../../nbs/mae/10_data.ipynb #7ef6731a
 def make_episode(
     cfg: DataConfig,
     seed: int,
@@ -329,8 +334,9 @@ def make_episode(
         rate = draw.choice([-1, 1]) * draw.uniform(6, 14)
     program = force_program(BEHAVIOURS[behaviour], draw, cfg.n_steps)
     pull = (0.0, 0.0) if BEHAVIOURS[behaviour] == "passive" else (0.2, 0.1)
-    model = cartpole_model(length, mass, damping)
-    states, actions = roll(model, np.array([x, angle, velocity, rate]), program, feedback, pull)
+    pump = float(np.exp(draw.uniform(*np.log(cfg.pump))))
+    model, start = cartpole_model(length, mass, damping), np.array([x, angle, velocity, rate])
+    states, actions = roll(model, start, program, feedback, pull, pump)
     return {
         "state": states,
         "action": actions[:, None],
@@ -399,20 +405,20 @@ def normalizer(
     features = embed_states(train["state"])
     return features.mean(0), features.std(0) + 1e-6
 
-# %% ../../nbs/mae/10_data.ipynb #3a2e7335
+# %% ../../nbs/mae/10_data.ipynb #e0e6b65a
 @dataclass(frozen=True)
 class EvaluateConfig:
     "How the models are judged. Tuples have one entry per fraction of the labels."
 
-    ar_order: int = 4  # of the autoregressive baseline
+    ar_orders: tuple[int, ...] = (1, 2, 4, 8)  # steps back; validation chooses for each mask
     probe_starts: int = 4  # windows per training trajectory for the probes
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 1.0)  # of the labels
     draws: tuple[int, ...] = (20, 10, 10, 1)  # of labels, for the probes
     supervised_draws: tuple[int, ...] = (20, 3, 2, 1)  # of labels, for the supervised networks
     supervised_steps: tuple[int, ...] = (200, 400, 600, 800)
     supervised_batch: int = 16
-    supervised_lrs: tuple[float, ...] = (1e-3, 3e-4)
-    mlp_steps: int = 300  # of the patch-independent network
+    supervised_lrs: tuple[float, ...] = (3e-3, 1e-3, 3e-4)
+    mlp_steps: int = 3000  # of the patch-independent network
     timing_rounds: int = 3
 
 # %% ../../nbs/mae/10_data.ipynb #814163dc
@@ -465,7 +471,7 @@ ABLATIONS = {  # name: (what it starts from, what it changes, what for)
 }
 VARIANTS = ("patch", "step", *ABLATIONS)
 
-# %% ../../nbs/mae/10_data.ipynb #224c0a71
+# %% ../../nbs/mae/10_data.ipynb #1390af81
 @dataclass(frozen=True)
 class MAEConfig:
     "A whole run. `model`, `mask`, `loss` and `train` are the patch-token network."
@@ -492,6 +498,15 @@ class MAEConfig:
         for name in self.variants:
             if name not in VARIANTS:
                 raise TrajbookError(nearest(name, list(VARIANTS), "variant"))
+            found = variant(self, name)
+            same, window = found.model.window == self.model.window, found.model.window
+            require(same, f"window of {name}", window, f"model.window = {self.model.window}")
+            whole = not found.mask.patch or found.mask.patch_steps % found.model.patch == 0
+            require(whole, "mask.patch_steps", found.mask.patch_steps, "a multiple of model.patch")
+        bare = not variant(self, self.variants[0]).model.actions
+        require(
+            bare, "model.actions of the first variant", True, "false: it is probed without them"
+        )
 
 # %% ../../nbs/mae/10_data.ipynb #780a137f
 def variant(
@@ -524,12 +539,12 @@ SIZE = {  # n_trajectories, n_steps; then d_model, n_layers, n_heads, d_ff, drop
     "full": (DataConfig(n_trajectories=1440, n_steps=1000), (256, 6, 8, 1024, 0.1, (1024, 512))),
 }
 
-# %% ../../nbs/mae/10_data.ipynb #826a63e3
+# %% ../../nbs/mae/10_data.ipynb #0b916a88
 MASKS = {
     "patch": MaskConfig(patch=0.45, block=0.25, light=0.3, ratio=(0.75, 0.75)),
     "step": MaskConfig(patch=0, block=0, random=0.9, light=0.1, ratio=(0.7, 0.92)),
 }
-LOSS = LossConfig(visible=0.1, same_trajectory=0.05, views=2, reflect=True)
+LOSS = LossConfig(visible=0.1, same_trajectory=0.1, views=2, reflect=True)
 
 # %% ../../nbs/mae/10_data.ipynb #6addda64
 def sized(preset: str, patch: int) -> ModelConfig:
@@ -585,12 +600,17 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-# %% ../../nbs/mae/10_data.ipynb #9810418a
+# %% ../../nbs/mae/10_data.ipynb #0dd8125f
 PRESETS["document"] = dataclasses.replace(
-    PRESETS["full"], preset="document", variants=("step",), step=document_variant()
+    PRESETS["full"],
+    preset="document",
+    variants=("step",),
+    model=document_variant().model,
+    step=document_variant(),
+    distill=dataclasses.replace(PRESETS["full"].distill, windows=4000),  # of 1,000 tokens each
 )
 
-# %% ../../nbs/mae/10_data.ipynb #0687c0d8
+# %% ../../nbs/mae/10_data.ipynb #5a96c320
 PRESETS["ablations"] = dataclasses.replace(
     PRESETS["small"],
     preset="ablations",
@@ -600,18 +620,20 @@ PRESETS["ablations"] = dataclasses.replace(
         PRESETS["small"].step, train=dataclasses.replace(PRESETS["small"].step.train, steps=900)
     ),
     evaluate=dataclasses.replace(
-        PRESETS["tiny"].evaluate, probe_starts=4, mlp_steps=300, timing_rounds=3
+        PRESETS["tiny"].evaluate, probe_starts=4, mlp_steps=3000, timing_rounds=3
     ),
     distill=PRESETS["tiny"].distill,
 )
 
-# %% ../../nbs/mae/10_data.ipynb #4cd162f4
+# %% ../../nbs/mae/10_data.ipynb #02e0414b
 ROWS = ("model", "ar", "hermite", "linear", "mean")
 HEADLINE = (
     *(f"evaluate.masked_mse.patch10_75.{row}" for row in ROWS),
     *(f"evaluate.masked_mse.block50_75.{row}" for row in ROWS),
     *(f"evaluate.masked_mse.random_75.{row}" for row in ROWS),
     "evaluate.share_of_hermite.patch10_75",
+    "evaluate.share_of_best.patch10_75",
+    "evaluate.share_of_best.block50_75",
     *(f"evaluate.probe.pole_length.r2.{row}" for row in ("encoder", "raw", "random_encoder")),
     *(f"evaluate.probe.behaviour.accuracy.{row}" for row in ("encoder", "raw", "random_encoder")),
     *(f"evaluate.labels_1pct.behaviour.accuracy.{row}" for row in ("encoder", "supervised")),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KINDS', 'DEFAULT_CHECKPOINT', 'choose_block', 'choose_autoregressive', 'make_mask', 'draw_mask', 'eval_masks',
            'interpolate', 'dct_matrix', 'TokenDecoder', 'AttentionDecoder', 'encode_visible', 'MotionFeatures',
-           'set_normalizer', 'copy_normalizer', 'fit_normalizer', 'pool', 'MotionTokens', 'Representer',
-           'get_encoder_representation', 'TrajectoryMAE', 'state_field', 'embed', 'parameter_counts', 'describe',
-           'example', 'run_stage']
+           'set_normalizer', 'copy_normalizer', 'fit_normalizer', 'pool', 'MotionTokens', 'window_starts',
+           'Representer', 'get_encoder_representation', 'TrajectoryMAE', 'state_field', 'embed', 'parameter_counts',
+           'describe', 'example', 'run_stage']
 
 # %% ../../nbs/mae/11_model.ipynb #fb6378e3
 from collections.abc import Sequence
@@ -177,7 +177,7 @@ class AttentionDecoder(nn.Module):
             x = torch.where(is_hidden[..., None], self.mask_token.to(x.dtype), x)
         return self.leave(self.encoder(x + self.positions[: x.shape[1]].to(x.dtype), is_padding))
 
-# %% ../../nbs/mae/11_model.ipynb #a23a5fb8
+# %% ../../nbs/mae/11_model.ipynb #5c58c5a9
 def encode_visible(
     encoder: nn.Module,
     x: Tensor,  # (B, L, D) embedded tokens
@@ -186,14 +186,14 @@ def encode_visible(
     "Run an encoder on the tokens that are visible, and put them back in their places."
     order = is_hidden.int().argsort(dim=1, stable=True)
     seen = (~is_hidden).sum(1)
-    longest = int(seen.max())
+    longest = max(1, int(seen.max()))  # a batch in which nothing is visible has one empty place
     order = order[:, :longest, None].expand(-1, -1, x.shape[-1])
     short = torch.arange(longest, device=x.device) >= seen[:, None]
     tokens = encoder(x.gather(1, order), short if bool(short.any()) else None)
     tokens = tokens.masked_fill(short[..., None], 0)
     return torch.zeros_like(x, dtype=tokens.dtype).scatter(1, order, tokens)
 
-# %% ../../nbs/mae/11_model.ipynb #fe489bc7
+# %% ../../nbs/mae/11_model.ipynb #0f468c93
 class MotionFeatures(nn.Module):
     "States in, standardized manifold features and their patches out."
 
@@ -230,6 +230,11 @@ class MotionFeatures(nn.Module):
         if self.config.spectral:
             x = torch.einsum("kp,blpc->blkc", self.dct.to(x.dtype), x) / self.spectrum_std
         return x.flatten(2)
+
+    def by_token(self, flags: Tensor, fill: bool) -> Tensor:  # (B, L, P)
+        "Flags (B, T) of the steps of each token; steps after the end get `fill`."
+        P = self.config.patch
+        return F.pad(flags, (0, -flags.shape[1] % P), value=fill).unflatten(1, (-1, P))
 
 # %% ../../nbs/mae/11_model.ipynb #b5587de1
 def set_normalizer(
@@ -302,21 +307,17 @@ def pool(
     keep = (~ignore)[..., None].to(tokens.dtype)
     return (tokens * keep).sum(1) / keep.sum(1).clamp(min=1)
 
-# %% ../../nbs/mae/11_model.ipynb #80752813
+# %% ../../nbs/mae/11_model.ipynb #31a6ae51
 class MotionTokens(MotionFeatures):
     "Patches embedded as tokens, with positions and `[MASK]`."
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.embed = nn.Linear(self.spectrum_std.numel(), config.d_model)
-        self.mask_token = nn.Parameter(torch.randn(config.d_model) * 0.02)
+        here = not config.asymmetric  # an asymmetric model's decoder has a [MASK] of its own
+        self.mask_token = nn.Parameter(torch.randn(config.d_model) * 0.02) if here else None
         positions = sinusoidal_positions(config.n_tokens, config.d_model)
         self.register_buffer("positions", positions, persistent=False)
-
-    def by_token(self, flags: Tensor, fill: bool) -> Tensor:  # (B, L, P)
-        "Flags (B, T) of the steps of each token; steps after the end get `fill`."
-        P = self.config.patch
-        return F.pad(flags, (0, -flags.shape[1] % P), value=fill).unflatten(1, (-1, P))
 
     def unknown(self, is_masked: Tensor, is_padding: Tensor | None) -> Tensor:  # (B, T)
         "Steps of which the network knows nothing."
@@ -344,14 +345,30 @@ class MotionTokens(MotionFeatures):
         hidden = ignore = None
         if is_masked is not None:
             hidden = self.by_token(is_masked, False).any(-1)
-            instead = x + self.mask_token if residual else self.mask_token
-            x = torch.where(hidden[..., None], instead, x)
+            if self.mask_token is not None:
+                instead = x + self.mask_token if residual else self.mask_token
+                x = torch.where(hidden[..., None], instead, x)
         if is_padding is not None:
             ignore = self.by_token(is_padding, True).all(-1)
         return x + self.positions[: x.shape[1]].to(x.dtype), hidden, ignore
 
-# %% ../../nbs/mae/11_model.ipynb #2130f7cd
-class Representer(MotionTokens):
+# %% ../../nbs/mae/11_model.ipynb #707724b1
+def window_starts(
+    n_valid: Tensor,  # (B,) steps of each trajectory
+    window: int,  # W
+    patch: int,  # P, steps of a token
+    n_windows: int,  # K, enough for the longest
+) -> tuple[Tensor, Tensor]:  # First step of each window (B, K), first step that counts (B, K)
+    "Windows side by side; the last one of each trajectory is moved back to end with it."
+    regular = torch.arange(n_windows, device=n_valid.device)[None] * window
+    last = (n_valid[:, None] > regular) & (n_valid[:, None] <= regular + window) & (regular > 0)
+    back = (n_valid[:, None] - window + patch - 1) // patch * patch
+    return torch.where(last, torch.minimum(back, regular), regular), regular.expand(
+        len(n_valid), -1
+    )
+
+# %% ../../nbs/mae/11_model.ipynb #ebb33efc
+class Representer(MotionFeatures):
     "A model with `encode`, which can represent trajectories of any length."
 
     def encode_hidden(self, features: Tensor, is_masked=None, is_padding=None) -> Tensor:
@@ -368,20 +385,28 @@ class Representer(MotionTokens):
         is_padding: Tensor | None = None,  # (B, T) True = ignore
     ) -> tuple[Tensor, Tensor | None]:  # Hidden tokens (B, L, D), True = ignore (B, L)
         "Encode window by window."
-        (B, T), W = features.shape[:2], self.config.window
-        if is_padding is None and T <= W:
+        (B, T), W, P = (
+            features.shape[:2],
+            min(self.config.window, features.shape[1]),
+            self.config.patch,
+        )
+        if is_padding is None and T == W:
             return self.encode_hidden(features), None
         if is_padding is None:
             is_padding = torch.zeros(B, T, dtype=torch.bool, device=features.device)
-        more = -T % W if T > W else 0
-        x = F.pad(features, (0, 0, 0, more)).unflatten(1, (-1, min(W, T + more))).flatten(0, 1)
-        padding = F.pad(is_padding, (0, more), value=True).view(len(x), -1)
-        some = ~padding.all(1)
-        inner = padding[some] if bool(padding[some].any()) else None
-        found = self.encode_hidden(x[some], None, inner)
-        tokens = found.new_zeros(len(x), *found.shape[1:])
+        step, row = torch.arange(T, device=features.device), torch.arange(B)[:, None, None]
+        n_valid = ((~is_padding) * (step + 1)).amax(1)
+        starts, count_from = window_starts(n_valid, W, P, -(-T // W))
+        at = starts[..., None] + step[:W]  # (B, K, W)
+        outside = at >= T
+        padding = outside | is_padding[row, at.clamp(max=T - 1)]
+        ignore = self.by_token((padding | (at < count_from[..., None])).flatten(0, 1), True).all(-1)
+        some = ~padding.all(2)
+        x, padding = features[row, at.clamp(max=T - 1)][some], padding[some]
+        found = self.encode_hidden(x, None, padding if bool(padding.any()) else None)
+        tokens = found.new_zeros(*some.shape, *found.shape[1:])
         tokens[some] = found
-        return tokens.view(B, -1, found.shape[-1]), self.by_token(padding, True).all(-1).view(B, -1)
+        return tokens.flatten(1, 2), ignore.view(B, -1)
 
 # %% ../../nbs/mae/11_model.ipynb #9cfa2878
 def get_encoder_representation(
@@ -409,8 +434,8 @@ def get_encoder_representation(
 
 Representer.get_encoder_representation = get_encoder_representation
 
-# %% ../../nbs/mae/11_model.ipynb #9c3f8bba
-class TrajectoryMAE(Representer):
+# %% ../../nbs/mae/11_model.ipynb #0926ff49
+class TrajectoryMAE(Representer, MotionTokens):
     "Masked autoencoder of cart-pole trajectories."
 
     Config = ModelConfig

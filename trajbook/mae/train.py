@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['loss_fn', 'Choice', 'choose', 'Views', 'cut_views', 'same_trajectory_loss', 'fresh_model', 'stream', 'snapshot',
-           'draw_snapshot', 'save_model', 'train_variant', 'collect', 'share_out', 'train_all', 'run_stage']
+           'ruler_error', 'draw_snapshot', 'save_model', 'train_variant', 'collect', 'share_out', 'train_all',
+           'run_stage']
 
-# %% ../../nbs/mae/12_train.ipynb #07db8948
+# %% ../../nbs/mae/12_train.ipynb #8e049ca4
 import json
 import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +33,9 @@ from ..data import Batches, Trajectories
 from .data import DT_S, FEATURES, LossConfig, MAEConfig, MaskConfig, variant
 from .model import TrajectoryMAE, describe, draw_mask, interpolate
 from ..run import Run, save_figure, settle, stage, time_left
-from ..train import fit
+from ..train import fit, to_tensors
 
-# %% ../../nbs/mae/12_train.ipynb #ab719c7d
+# %% ../../nbs/mae/12_train.ipynb #dfbbbeb6
 def loss_fn(
     model: nn.Module,  # TrajectoryMAE, perhaps wrapped for several processes
     batch: dict,  # state (B, T, 4), is_padding (B, T), sample_id (B,), step; perhaps action (B, T, 1)
@@ -52,7 +54,8 @@ def loss_fn(
     error = (guess - truth).square().mean(-1)
     exists = torch.ones_like(error) if views.is_padding is None else (~views.is_padding).float()
     hidden = exists if mask.objective == "all" else views.is_masked.float() * exists
-    weight, rest = hidden.sum(), (exists - hidden).clamp(min=0)
+    known = ~net.unknown(views.is_masked, views.is_padding)
+    weight, rest = hidden.sum(), (exists - hidden).clamp(min=0) * known
     masked_sum = (error * hidden).sum()
     metrics = {"masked_mse": (masked_sum, weight)}
     extra = error.new_zeros(())
@@ -102,9 +105,9 @@ class Views(NamedTuple):
     is_padding: Tensor | None  # (V B, W), None if nothing is padding
     actions: Tensor | None  # (V B, W, 1)
 
-# %% ../../nbs/mae/12_train.ipynb #43edd59c
+# %% ../../nbs/mae/12_train.ipynb #714b3fcb
 def cut_views(
-    batch: dict,  # As `loss_fn` gets it
+    batch: dict,  # As `loss_fn` gets it; a `seed` in it goes before the other one
     window: int,  # W
     mask: MaskConfig,
     loss: LossConfig,
@@ -113,7 +116,7 @@ def cut_views(
     "Cut, mirror and mask the windows that this step trains on."
     states, ids, device = batch["state"], batch["sample_id"].tolist(), batch["state"].device
     n_valid = (~batch["is_padding"]).sum(1).tolist()
-    keys = [(seed, "views", batch["step"], i) for i in ids]
+    keys = [(batch.get("seed", seed), "views", batch["step"], i) for i in ids]
     chosen = [choose(n, window, mask, loss, rng(*k)) for n, k in zip(n_valid, keys, strict=True)]
 
     def turn(rows: list) -> Tensor:  # (B, V, …) -> (V B, …)
@@ -153,7 +156,7 @@ def fresh_model(cfg: MAEConfig, name: str, data: Trajectories) -> TrajectoryMAE:
     model.fit_normalizer(data)
     return model
 
-# %% ../../nbs/mae/12_train.ipynb #21542241
+# %% ../../nbs/mae/12_train.ipynb #03ab94db
 def stream(
     cfg: MAEConfig,
     name: str,  # Of the variant
@@ -168,9 +171,10 @@ def stream(
         data.split(s).windows(int(data.n_steps.max()), start_only=True) for s in ("train", "val")
     )
     batches = Batches(train, fields, size, seed=cfg.seed, rank=rank, world=world)
-    return batches, list(val.batches(max(size, 16), fields))
+    fixed = {"seed": cfg.data.seed}
+    return batches, [batch | fixed for batch in val.batches(max(size, 16), fields)]
 
-# %% ../../nbs/mae/12_train.ipynb #704f856b
+# %% ../../nbs/mae/12_train.ipynb #11ba0e75
 def snapshot(
     model: TrajectoryMAE,
     batch: dict,  # A validation batch
@@ -179,10 +183,10 @@ def snapshot(
     seed: int,
 ) -> dict[str, np.ndarray]:  # truth, model, linear (W, 5), is_masked (W,)
     "One validation window, its reconstruction and the ruler's."
-    kinds = {"patch": 0.0, "block": 0.0, "random": 0.0, "autoregressive": 0.0, "light": 0.0}
     clear = max(mask.shares, key=mask.shares.get)
-    plain = MaskConfig(**(kinds | {clear: 1.0}), ratio=mask.ratio, patch_steps=mask.patch_steps)
-    one = {k: torch.as_tensor(v[:1]) for k, v in batch.items()} | {"step": 0}
+    shares = dict.fromkeys(mask.shares, 0.0) | {clear: 1.0}
+    plain = replace(mask, objective="masked", **shares)
+    one = {k: torch.as_tensor(v[:1]) for k, v in batch.items() if k != "seed"} | {"step": 0}
     device = model.feature_mean.device
     views = cut_views(one, model.config.window, plain, LossConfig(), seed)
     views = Views(*(None if v is None else v.to(device) for v in views))
@@ -192,9 +196,29 @@ def snapshot(
         truth = model.features(views.states, views.actions)[..., : len(FEATURES)]
         guess = model(views.states, views.is_masked, views.is_padding, views.actions)
     model.train(training)
-    found = {"truth": truth, "model": guess, "linear": interpolate(truth, views.is_masked)}
+    gone = views.is_masked if views.is_padding is None else views.is_masked | views.is_padding
+    line = interpolate(truth, gone)
+    found = {"truth": truth, "model": guess, "linear": line}
     arrays = {k: v[0].float().cpu().numpy() for k, v in found.items()}
     return arrays | {"is_masked": views.is_masked[0].cpu().numpy()}
+
+# %% ../../nbs/mae/12_train.ipynb #f870c8bf
+def ruler_error(
+    model: TrajectoryMAE,  # Gives the scale of the features
+    val: list[dict],  # Validation batches from `stream`
+    mask: MaskConfig,
+    loss: LossConfig,
+) -> float:  # Standardized
+    "Error of linear interpolation on the validation windows."
+    total, n, device = 0.0, 0, model.feature_mean.device
+    for batch in val:
+        found = to_tensors(batch, device, step=0)
+        views = cut_views(found, model.config.window, mask, loss, batch["seed"])
+        truth = model.features(views.states, views.actions)[..., : len(FEATURES)]
+        gone = views.is_masked if views.is_padding is None else views.is_masked | views.is_padding
+        error = (interpolate(truth, gone) - truth)[views.is_masked]  # padding is never masked
+        total, n = total + float(error.square().mean(-1).sum()), n + len(error)
+    return total / max(1, n)
 
 # %% ../../nbs/mae/12_train.ipynb #30613790
 def draw_snapshot(found: dict[str, np.ndarray]):  # Picture
@@ -276,7 +300,7 @@ def collect(part: Path, run_dir: Path, name: str) -> None:
             os.replace(part / place, run_dir / place)
     shutil.rmtree(part, ignore_errors=True)
 
-# %% ../../nbs/mae/12_train.ipynb #87f108db
+# %% ../../nbs/mae/12_train.ipynb #465df9db
 def share_out(
     jobs: Sequence[str],  # What there is to do
     here: Callable[[str], None],  # Does a job in this process
@@ -284,22 +308,27 @@ def share_out(
     others: int,  # Number of other processes
 ) -> None:
     "Do all jobs, in this process and in others, until none is left or one fails."
-    waiting, begun = deque(jobs), []
+    waiting, lock = deque(jobs), Lock()
 
-    def feed(finished: Future | None = None) -> None:
-        if waiting and not (finished and finished.exception()):
-            begun.append(there(waiting.pop()))
-            begun[-1].add_done_callback(feed)
+    def take(first: bool) -> str | None:  # `None`: nothing is left
+        with lock:
+            return (waiting.popleft() if first else waiting.pop()) if waiting else None
 
-    try:
-        for _ in range(min(others, len(waiting) - 1)):
-            feed()
-        while waiting:
-            here(waiting.popleft())
-    finally:
-        waiting.clear()
-    for job in begun:
-        job.result()
+    def work(first: bool, do: Callable[[str], None]) -> None:
+        try:
+            while (job := take(first)) is not None:
+                do(job)
+        except BaseException:
+            waiting.clear()  # whoever fails stops the others after what they have begun
+            raise
+
+    with ThreadPoolExecutor(max(1, others)) as helpers:
+        begun = [
+            helpers.submit(work, False, lambda job: there(job).result()) for _ in range(others)
+        ]
+        work(True, here)
+    for helper in begun:
+        helper.result()
 
 # %% ../../nbs/mae/12_train.ipynb #2f195c7a
 def train_all(cfg: MAEConfig, data_dir: Path, run_dir: Path, device: str) -> None:
@@ -327,7 +356,7 @@ def train_all(cfg: MAEConfig, data_dir: Path, run_dir: Path, device: str) -> Non
         if place(name) != run_dir:
             collect(place(name), run_dir, name)
 
-# %% ../../nbs/mae/12_train.ipynb #3d6cd386
+# %% ../../nbs/mae/12_train.ipynb #92e2942e
 @stage("mae", "train")
 def run_stage(cfg: MAEConfig, run: Run) -> None:
     "Train every variant of the run and record how well it learned."
@@ -339,10 +368,11 @@ def run_stage(cfg: MAEConfig, run: Run) -> None:
         best = min(rows, key=lambda r: r["val_loss"])
         run.record(f"train.{name}.val_masked_mse", best["val_masked_mse"], better="lower")
         run.record(f"train.{name}.best_step", best["step"])
-        setup = variant(cfg, name)
+        setup, val = variant(cfg, name), stream(cfg, name, data)[1]
         windows = setup.train.steps * setup.train.batch_size * setup.loss.views
         run.record(f"train.{name}.windows_per_s", windows / rows[-1]["time_s"], "1/s", "higher")
         model = load(run.checkpoint(f"{name}/best"), run.device, "mae")
-        batch = stream(cfg, name, data)[1][0]
-        shown = snapshot(model, batch, setup.mask, setup.loss, cfg.seed)
+        ruler = ruler_error(model, val, setup.mask, setup.loss)
+        run.record(f"train.{name}.val_linear_mse", ruler, better="lower")
+        shown = snapshot(model, val[0], setup.mask, setup.loss, cfg.seed)
         run.save_arrays(**{f"{name}.{k}": v for k, v in shown.items()})
