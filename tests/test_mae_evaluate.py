@@ -257,7 +257,9 @@ def bench(tmp_path_factory):
     data = make_dataset(
         DataConfig(n_trajectories=40, n_steps=120), tmp_path_factory.mktemp("m") / "d"
     )
-    cfg = resolve("mae", "tiny", {"model.window": 100, "step.model.window": 100, "evaluate.mlp_steps": 2})
+    cfg = resolve(
+        "mae", "tiny", {"model.window": 100, "step.model.window": 100, "evaluate.mlp_steps": 2}
+    )
     torch.manual_seed(0)
     model = TrajectoryMAE(SMALL).eval()
     model.fit_normalizer(data)

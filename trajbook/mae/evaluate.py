@@ -11,11 +11,11 @@ __all__ = ['HOLES', 'POOLS', 'TARGETS', 'Triple', 'SWEEP', 'SHOWN', 'visible_nei
            'document_parameters', 'work_once', 'document_inputs', 'document_times', 'document_memory',
            'document_arithmetic', 'Bench', 'bench_of', 'make_bench', 'ar_maps', 'tuned_ar', 'record_holes',
            'evaluate_holes', 'example_of', 'sweep', 'probed_networks', 'main_model', 'majority', 'evaluate_probes',
-           'evaluate_ablations', 'trajectory_labels', 'record_curve', 'evaluate_labels', 'evaluate_mismatch',
+           'evaluate_ablations', 'trajectory_labels', 'record_curve', 'evaluate_labels', 'evaluate_mismatch', 'halving',
            'evaluate_document', 'run_stage', 'hole_cases', 'hole_tasks', 'demo']
 
-# %% ../../nbs/mae/13_evaluate.ipynb #2271820c
-from collections.abc import Sequence
+# %% ../../nbs/mae/13_evaluate.ipynb #b625c6c7
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -174,7 +174,7 @@ class WindowData(NamedTuple):
     targets: dict[str, np.ndarray]  # Name to (N,) labels
     damping: np.ndarray  # (N,) N m s/rad, for the oracle
 
-# %% ../../nbs/mae/13_evaluate.ipynb #33edf05a
+# %% ../../nbs/mae/13_evaluate.ipynb #2674dc7c
 def window_data(
     trajectories: Trajectories,  # Of the cart-pole
     window: int,  # T, steps
@@ -186,6 +186,7 @@ def window_data(
     batch = windows.gather(np.arange(len(windows)), ["state", "action", "energy"])
     labels = {k: np.asarray(v)[windows.episode] for k, v in trajectories.labels.items()}
     targets = {k: labels[k].astype(float) for k in ("pole_length", "pole_mass")}
+    targets["damping"] = np.log10(labels["damping"].astype(float))
     targets["energy"] = batch["energy"].reshape(len(windows), -1).mean(1).astype(float)
     targets["behaviour"], targets["success"] = labels["behaviour"], labels["upright"]
     actions = batch["action"].reshape(len(windows), -1)
@@ -376,10 +377,11 @@ def fit_patch_mlp(
         optimizer.step()
     return model.eval()
 
-# %% ../../nbs/mae/13_evaluate.ipynb #783b0d8a
+# %% ../../nbs/mae/13_evaluate.ipynb #68c85351
 TARGETS = {
     "pole_length": "r2",
     "pole_mass": "r2",
+    "damping": "r2",
     "energy": "r2",
     "behaviour": "accuracy",
     "success": "accuracy",
@@ -941,7 +943,7 @@ def evaluate_labels(
         run.record(f"{key}.draws.supervised", e.supervised_draws[i], "count")
         run.record(f"{key}.supervised_lr", lr[i])
 
-# %% ../../nbs/mae/13_evaluate.ipynb #5514aa34
+# %% ../../nbs/mae/13_evaluate.ipynb #bb0aad23
 def evaluate_mismatch(
     bench: Bench,
     run: Run,
@@ -961,6 +963,27 @@ def evaluate_mismatch(
     here, there = (POOLS["mean"](tokens_of(model, s)) for s in (some, turned))
     change = np.abs(there - here).max() / here.std()
     run.record("evaluate.wraparound.change", float(change), better="lower")
+
+    def represent(states: np.ndarray) -> np.ndarray:
+        still = np.zeros(states.shape[:2])
+        return POOLS["mean"](tokens_of(model, some._replace(states=states, actions=still)))
+
+    run.record("evaluate.wraparound.halving", halving(represent, some.states[:4]))
+
+# %% ../../nbs/mae/13_evaluate.ipynb #ca534d70
+def halving(
+    represent: Callable[[np.ndarray], np.ndarray],  # States (N, T, 4) to vectors (N, D)
+    states: np.ndarray,  # (N, T, 4) a few windows
+    step: float = 0.05,  # rad
+) -> float:  # 2 = smooth, 1 = it jumps
+    "Largest change per step around the circle, over the one for half the step."
+
+    def largest(step: float) -> float:
+        turns = np.arange(0, 2 * np.pi + step, step)
+        found = represent(np.concatenate([states + [0, turn, 0, 0] for turn in turns]))
+        return float(np.abs(np.diff(found.reshape(len(turns), len(states), -1), axis=0)).max())
+
+    return largest(step) / largest(step / 2)
 
 # %% ../../nbs/mae/13_evaluate.ipynb #908f2e93
 def evaluate_document(
