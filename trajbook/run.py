@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'CODE_PATHS', 'KEY', 'FRAME', 'DISK_ERRORS', 'PARAMETERS', 'ARRAY_BYTES', 'VERDICTS', 'NEEDED',
-           'CLAIM_FIELDS', 'versions', 'git', 'code_state', 'cpu_model', 'gpu_name', 'hardware', 'cpu_seconds',
-           'peak_memory_mb', 'loaded_cuda', 'peak_gpu_mb', 'overrides_of', 'changes', 'command_of', 'show_number',
-           'Table', 'metric_table', 'RunFolder', 'NamedRun', 'read_arrays', 'RunNumbers', 'RunReader', 'save_figure',
-           'maker_hash', 'shared_folder', 'check_metric', 'Recorder', 'pick_device', 'thread_variables', 'settle',
-           'Run', 'flat', 'claim_folder', 'now', 'begin', 'measured', 'provenance', 'merge_results', 'files_in',
-           'files_of', 'leavings', 'delete_files', 'reset_stages', 'disk_errors', 'check_order', 'save_products',
-           'compute', 'compute_and_keep', 'execute_stage', 'follow_stage', 'stage_module', 'stage_config',
-           'stage_program', 'stage', 'all_runs', 'by_seed', 'find_runs', 'find_run', 'open_run', 'assigned_names',
-           'refuse_unknown', 'check_injected', 'prepare', 'without_lessons', 'last_state', 'keep_notebook',
-           'StageFailed', 'known_errors', 'Listener', 'execute_notebook', 'in_notebook', 'die_with', 'child_result',
-           'in_process', 'empty_folder', 'reset_from', 'older_stages', 'has_changed', 'open_folder', 'Lines',
-           'show_seconds', 'Job', 'start_stage', 'time_left', 'child_environment', 'environment', 'run_seed',
+           'CLAIM_FIELDS', 'LOOKED_UP', 'versions', 'git', 'code_state', 'cpu_model', 'gpu_name', 'hardware',
+           'cpu_seconds', 'peak_memory_mb', 'loaded_cuda', 'peak_gpu_mb', 'overrides_of', 'changes', 'command_of',
+           'show_number', 'Table', 'metric_table', 'RunFolder', 'NamedRun', 'read_arrays', 'RunNumbers', 'RunReader',
+           'save_figure', 'maker_hash', 'shared_folder', 'check_metric', 'Recorder', 'pick_device', 'thread_variables',
+           'settle', 'Run', 'flat', 'claim_folder', 'now', 'begin', 'measured', 'provenance', 'merge_results',
+           'files_in', 'files_of', 'leavings', 'delete_files', 'reset_stages', 'disk_errors', 'check_order',
+           'save_products', 'compute', 'compute_and_keep', 'execute_stage', 'follow_stage', 'stage_module',
+           'stage_config', 'stage_program', 'stage', 'all_runs', 'by_seed', 'find_runs', 'find_run', 'open_run',
+           'assigned_names', 'refuse_unknown', 'check_injected', 'prepare', 'without_lessons', 'last_state',
+           'keep_notebook', 'StageFailed', 'known_errors', 'Listener', 'execute_notebook', 'in_notebook', 'die_with',
+           'child_result', 'in_process', 'empty_folder', 'reset_from', 'older_stages', 'has_changed', 'open_folder',
+           'Lines', 'show_seconds', 'Job', 'start_stage', 'time_left', 'child_environment', 'environment', 'run_seed',
            'stop_children', 'side_by_side', 'choose_stages', 'run_home', 'run_method', 'refuse_unfinished',
            'refuse_mixed', 'join_metrics', 'join_comparisons', 'join_arrays', 'published_name', 'publish',
-           'load_results', 'result_arrays', 'load_claims', 'check_claim', 'check_claims']
+           'load_results', 'result_arrays', 'load_claims', 'holds', 'check_claim', 'check_claims']
 
 # %% ../nbs/07_run.ipynb #58c7b355
 import ast
@@ -1449,9 +1449,11 @@ def result_arrays(result: dict) -> dict[str, np.ndarray]:  # "<stage>.<name>" ->
     name = result["file"].removesuffix(".json") + "-arrays.safetensors"
     return read_arrays(results_dir() / result["method"] / name)
 
-# %% ../nbs/07_run.ipynb #5ed2932d
-def load_claims(path: str | Path | None = None) -> list[dict]:  # Claims with "metric" and "stale"
-    "All claims, each with our number (None where it is missing) and its age."
+# %% ../nbs/07_run.ipynb #b97a7896
+def load_claims(
+    path: str | Path | None = None,
+) -> list[dict]:  # Claims with "metric", "rival", "difference" and "stale"
+    "All claims, each with our numbers (None where they are missing) and their age."
     claims = read_json(path or root() / "data" / "claims.json")
 
     @functools.cache
@@ -1459,26 +1461,41 @@ def load_claims(path: str | Path | None = None) -> list[dict]:  # Claims with "m
         try:
             return load_results(method, preset)
         except TrajbookError:
-            return {"metrics": {}, "stale": False}
+            return {"metrics": {}, "comparisons": {}, "stale": False}
 
     for claim in claims:
         asked = claim.get("key") and claim.get("method")
-        found = results(claim["method"], claim.get("preset")) if asked else None
-        claim["metric"] = found["metrics"].get(claim["key"]) if found else None
-        claim["stale"] = bool(found and found["stale"])
+        found = results(claim["method"], claim.get("preset")) if asked else results("", None)
+        key, versus = claim.get("key"), claim.get("versus")
+        claim["metric"], claim["rival"] = map(found["metrics"].get, (key, versus))
+        claim["difference"] = found["comparisons"].get(f"{key} - {versus}")
+        claim["stale"] = found["stale"]
     return claims
 
-# %% ../nbs/07_run.ipynb #1fcb740e
-VERDICTS = ("verified", "corrected", "refuted", "open")
+# %% ../nbs/07_run.ipynb #91ba3cb1
+def holds(claim: dict) -> bool | None:  # None: a number or the rule is missing
+    "Whether our number bears the sentence out."
+    metric, rival, difference = (claim.get(k) for k in ("metric", "rival", "difference"))
+    if metric and "says" in claim:
+        low, high = claim["says"]
+        return (low is None or low <= metric["value"]) and (high is None or metric["value"] <= high)
+    if not metric or not rival or claim.get("relation") not in ("above", "below"):
+        return None
+    low, high = (difference or {}).get("ci95") or (metric["value"] - rival["value"],) * 2
+    return low > 0 if claim["relation"] == "above" else high < 0
+
+# %% ../nbs/07_run.ipynb #5015e404
+VERDICTS = ("verified", "corrected", "refuted", "inconsistent", "open")
 NEEDED = ("id", "document", "sentence", "status", "page")
-CLAIM_FIELDS = {*NEEDED, "reason", "key", "method", "preset", "note"}
+CLAIM_FIELDS = {*NEEDED, "reason", "key", "method", "preset", "note", "says", "versus", "relation"}
+LOOKED_UP = {"metric", "rival", "difference", "stale"}
 
 
 def check_claim(claim: dict) -> str | None:  # What is wrong, or None
     "The first problem of one claim."
     if lacks := [f for f in NEEDED if not claim.get(f)]:
         return f"has no {lacks[0]}"
-    if unknown := claim.keys() - CLAIM_FIELDS - {"metric", "stale"}:
+    if unknown := claim.keys() - CLAIM_FIELDS - LOOKED_UP:
         return f"has the unknown field {min(unknown)!r}"
     if claim["status"] not in VERDICTS:
         return f"has status {claim['status']!r}; allowed are {', '.join(VERDICTS)}"
@@ -1487,6 +1504,10 @@ def check_claim(claim: dict) -> str | None:  # What is wrong, or None
     if claim.get("metric") is None:
         number = f"names the number {claim.get('key')!r}"
         return f"{number}, which no published result of {claim.get('method')} has"
+    if (found := holds(claim)) is None:
+        return "has a verdict without a rule: give `says`, or `versus` and `relation`"
+    if found != (claim["status"] == "verified"):
+        return f"is {claim['status']}, but its rule {'holds' if found else 'does not hold'}"
     page = root() / "nbs" / f"{claim['page']}.ipynb"
     return None if page.exists() else f"names the page {claim['page']}, which does not exist"
 

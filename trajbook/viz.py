@@ -8,7 +8,7 @@ __all__ = ['INK', 'MUTED', 'GRID', 'CARD', 'HOLE', 'PALETTE', 'MEANINGS', 'ROLES
            'strongest', 'draw_dots', 'draw_ratio', 'against_floor', 'spans', 'draw_holes', 'reconstruction',
            'mask_grid', 'thin', 'tails', 'time_frames', 'space_line', 'time_slider', 'space_style', 'trajectory_3d',
            'scatter_names', 'representation_map', 'label_efficiency', 'provenance_line', 'results_table',
-           'PublishedRun', 'best_run']
+           'PublishedRun', 'best_run', 'ahead', 'contest']
 
 # %% ../nbs/08_viz.ipynb #d0bfb07e
 import fnmatch
@@ -590,3 +590,30 @@ def best_run(
         return PublishedRun(load_results(run.method, preset))
     except TrajbookError:
         return run
+
+# %% ../nbs/08_viz.ipynb #8703c80e
+def ahead(
+    difference: Sequence[float] | None,  # 95 % interval of ours minus theirs, None = unknown
+    better: str,  # "higher" or "lower"
+) -> str:
+    "Who is ahead, as far as the seeds can tell."
+    if not difference or difference[0] <= 0 <= difference[1]:
+        return "not settled"
+    return "ours" if (difference[0] > 0) == (better == "higher") else "theirs"
+
+
+def contest(
+    shown: Any,  # Run or published run
+    ours: str,  # Key of our number
+    rivals: Sequence[str],  # Keys of the others; one that was not measured is left out
+) -> Table:
+    "Our number beside those of rivals, paired over seeds."
+    found, rows = shown.results(), []
+    pairs = getattr(shown, "published", {}).get("comparisons", {})
+    for rival in filter(found.__contains__, rivals):
+        a, b, pair = found[ours], found[rival], pairs.get(f"{ours} - {rival}", {})
+        interval, gap = pair.get("ci95"), a["value"] - b["value"]
+        numbers = [show_number(m["value"], m.get("ci95")) for m in (a, b)]
+        verdict = ahead(interval, a.get("better") or "higher")
+        rows.append((rival.split(".")[-1], *numbers, show_number(gap, interval), verdict))
+    return Table((ours, "ours", "theirs", "difference", "ahead"), tuple(rows))

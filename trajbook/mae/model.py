@@ -434,7 +434,7 @@ def get_encoder_representation(
 
 Representer.get_encoder_representation = get_encoder_representation
 
-# %% ../../nbs/mae/11_model.ipynb #0926ff49
+# %% ../../nbs/mae/11_model.ipynb #4283f695
 class TrajectoryMAE(Representer, MotionTokens):
     "Masked autoencoder of cart-pole trajectories."
 
@@ -476,7 +476,7 @@ class TrajectoryMAE(Representer, MotionTokens):
         found = found[:, : states.shape[1]]
         if self.config.residual:
             line = interpolate(features[..., : len(FEATURES)], self.unknown(is_masked, is_padding))
-            found = line + 0.1 * found
+            found = line + 0.1 * found  # a fresh network starts near the ruler
         if not with_summary:
             return found
         if self.config.asymmetric:
