@@ -147,6 +147,17 @@ def test_size_and_outputs(path):
             assert str(Path.home()) not in text and str(ROOT) not in text, "a path of this machine"
 
 
+@pytest.mark.parametrize("path", NBS, ids=name)
+def test_a_lesson_that_ends_in_a_value_shows_it(path):
+    "A cell whose output was never stored is an empty place on the page."
+    nb = nbformat.read(path, as_version=4)
+    for cell in nb.cells:
+        if "lesson" in cell.metadata.get("tags", []) and not cell.outputs:
+            last = ast.parse(cell.source).body[-1]
+            is_value = isinstance(last, ast.Expr) and not isinstance(last.value, ast.Call)
+            assert not is_value, f"run tools/notebooks.py: no output of {ast.unparse(last)}"
+
+
 def test_size_of_all_notebooks():
     assert sum(p.stat().st_size for p in NBS) <= 12_000_000
 

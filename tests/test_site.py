@@ -50,6 +50,8 @@ def test_every_notebook_is_processed(docs):
 def test_a_page_has_a_title_its_code_and_no_directives(docs, name):
     cells = processed(docs, name)["cells"]
     assert cells[0]["cell_type"] == "raw" and "title:" in "".join(cells[0]["source"])
+    # Quarto joins the lines of one long string without their ends: tables and lists fall together.
+    assert all(isinstance(c["source"], list) for c in cells if c["cell_type"] == "markdown")
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     assert not re.search(r"#\s*\|\s*(export|hide|default_exp)", code)
     source = json.loads((ROOT / "nbs" / name).read_text(encoding="utf-8"))
@@ -160,6 +162,8 @@ def test_quarto_renders_every_page(docs):
     assert {"index.html", "widgets.html", "mae/model.html", "book/claims.html"} <= built
     assert docs.foreign_hosts(docs.DOCS) == []
     assert "trajbook-widget" in (docs.DOCS / "widgets.html").read_text(encoding="utf-8")
+    index = (docs.DOCS / "index.html").read_text(encoding="utf-8")
+    assert "<table" in index and "<pre" in index
 
 
 def prose_of(name: str) -> str:

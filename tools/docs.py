@@ -169,7 +169,7 @@ def process() -> Path:
                 prose = "".join(cell["source"])
                 cell["source"] = local_links(
                     prose, own.as_posix(), src.removesuffix("assets/plotly.min.js")
-                )
+                ).splitlines(keepends=True)
         page.write_text(json.dumps(to_static(notebook, src)), encoding="utf-8")
     if needs_plotly:
         shutil.copy(PLOTLY_JS, PROC / "assets")
@@ -231,8 +231,13 @@ def render() -> None:
     subprocess.run(["quarto", "render", "--no-cache"], cwd=PROC, check=True)
     shutil.rmtree(DOCS, ignore_errors=True)
     shutil.move(PROC / DOCS.name, DOCS)
+    # pandoc writes the dot of a derivative as a combining mark, which browsers put beside the letter
+    for page in DOCS.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(text.replace(COMBINING_DOT, DOT), encoding="utf-8")
 
 
+COMBINING_DOT, DOT = (f'<mo accent="true">{mark}</mo>' for mark in ("\u0307", "\u02d9"))
 SHELL = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>{style}</head>
@@ -412,6 +417,7 @@ def main() -> None:
     if problems:
         sys.exit("\n".join(f"[docs] {p}" for p in problems))
     print(f"[docs] {len(list(DOCS.rglob('*.html')))} pages in {DOCS.name}/")
+    print(f"[docs] to search them, too: python -m http.server -d {DOCS.name}")
 
 
 if __name__ == "__main__":

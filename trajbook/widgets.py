@@ -64,8 +64,8 @@ def within_budget(
         raise TrajbookError(f"The widget would hold {size:,} bytes of {MAX_BYTES:,}: {advice}.")
     return data
 
-# %% ../nbs/09_widgets.ipynb #fb1234fb
-THEME_JS = r"""
+# %% ../nbs/09_widgets.ipynb #f5bed201
+THEME_JS = R"""
 const THEMES = {
   light: { text: "#1b1f24", muted: "#5b636d", grid: "#d3d8de", hole: "#eceff2", card: "#ffffff", accent: "#0072B2" },
   dark: { text: "#e8eaed", muted: "#a9b1bb", grid: "#454d57", hole: "#2a2f36", card: "#16191d", accent: "#6cb8e8" },
@@ -80,8 +80,8 @@ const isDark = (el) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #03261d8d
-SHADE_JS = r"""
+# %% ../nbs/09_widgets.ipynb #36f33386
+SHADE_JS = R"""
 const shade = (hex, dark) => {
   if (!dark) return hex;
   const part = (i) => parseInt(hex.slice(i, i + 2), 16);
@@ -89,8 +89,8 @@ const shade = (hex, dark) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #c3e48aae
-TOOLS_JS = r"""
+# %% ../nbs/09_widgets.ipynb #7e3229be
+TOOLS_JS = R"""
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 const unpack = ({ data, low, high }) => {
   const steps = new Uint16Array(bytes(data).buffer), D = low.length;
@@ -104,8 +104,8 @@ const h = (tag, props = {}, ...children) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #64749873
-CSS_JS = r"""
+# %% ../nbs/09_widgets.ipynb #eb2a9791
+CSS_JS = R"""
 const CSS = `.tb{font:13px/1.45 system-ui,sans-serif;border-radius:8px;padding:12px;margin:8px 0;box-sizing:border-box;max-width:900px}
 .tb canvas{display:block;width:100%;border-radius:4px}
 .tb .bar{display:flex;gap:10px;align-items:center;flex-wrap:wrap;margin:6px 0}
@@ -122,8 +122,8 @@ const CSS = `.tb{font:13px/1.45 system-ui,sans-serif;border-radius:8px;padding:1
 .tb .track,.tb .fill{height:9px;border-radius:5px}`;
 """
 
-# %% ../nbs/09_widgets.ipynb #9e17593f
-FRAME_JS = r"""
+# %% ../nbs/09_widgets.ipynb #ffb9bd4e
+FRAME_JS = R"""
 const frame = (el, title, parts, draw) => {
   const box = h("div", { className: "tb" }, h("style", {}, CSS), ...(title ? [h("h4", {}, title)] : []), ...parts);
   for (const e of box.querySelectorAll("input,select,button,canvas")) e.setAttribute("data-lm-suppress-shortcuts", "true");
@@ -143,8 +143,8 @@ const frame = (el, title, parts, draw) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #69106b16
-PEN_JS = r"""
+# %% ../nbs/09_widgets.ipynb #7f3da3da
+PEN_JS = R"""
 const pen = (canvas, height, theme) => {
   const ratio = window.devicePixelRatio || 1, width = canvas.clientWidth;
   canvas.style.height = height + "px";
@@ -161,8 +161,8 @@ const pen = (canvas, height, theme) => {
 """
 COMMON_JS = THEME_JS + SHADE_JS + TOOLS_JS + CSS_JS + FRAME_JS + PEN_JS
 
-# %% ../nbs/09_widgets.ipynb #62c442e5
-TURN_JS = r"""
+# %% ../nbs/09_widgets.ipynb #f1dd035f
+TURN_JS = R"""
 const turn = ([x, y, z], { yaw, pitch }) => {
   const across = x * Math.cos(yaw) - y * Math.sin(yaw), away = x * Math.sin(yaw) + y * Math.cos(yaw);
   return [across, z * Math.cos(pitch) + away * Math.sin(pitch)];
@@ -170,8 +170,8 @@ const turn = ([x, y, z], { yaw, pitch }) => {
 const short = (v) => (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-2) ? v.toExponential(1) : String(+v.toPrecision(3)));
 """
 
-# %% ../nbs/09_widgets.ipynb #724db05e
-EDGES_JS = r"""
+# %% ../nbs/09_widgets.ipynb #882d50d7
+EDGES_JS = R"""
 const outerEdges = (place) => {
   const best = (points, score) => points.reduce((a, b) => (score(b) > score(a) ? b : a));
   const low = (p) => place(p)[1], left = (p) => -place(p)[0], sides = [-1, 1];
@@ -181,8 +181,8 @@ const outerEdges = (place) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #d54d1309
-BOX_JS = r"""
+# %% ../nbs/09_widgets.ipynb #2670333f
+BOX_JS = R"""
 const box = (ctx, place, theme) => {
   const corner = (n) => [n & 1 ? 1 : -1, n & 2 ? 1 : -1, n & 4 ? 1 : -1];
   Object.assign(ctx, { strokeStyle: theme.grid, lineWidth: 1 });
@@ -193,8 +193,8 @@ const box = (ctx, place, theme) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #c7af4b4d
-AXES_JS = r"""
+# %% ../nbs/09_widgets.ipynb #6e7cfe2b
+AXES_JS = R"""
 const labelAxes = (ctx, place, data, theme) => {
   const [cx, cy] = place([0, 0, 0]), room = ctx.canvas.clientWidth;
   const write = (text, [px, py]) => {
@@ -216,8 +216,8 @@ const labelAxes = (ctx, place, data, theme) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #1f791f39
-MOTION_JS = r"""
+# %% ../nbs/09_widgets.ipynb #df6886bb
+MOTION_JS = R"""
 const motion = (ctx, place, data, flat, now, color) => {
   const count = flat.length / 3, at = (i) => [0, 1, 2].map((k) => (2 * (flat[3 * i + k] - data.center[k])) / data.span[k]);
   Object.assign(ctx, { strokeStyle: color, fillStyle: color });
@@ -233,8 +233,8 @@ const motion = (ctx, place, data, flat, now, color) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #8c93b012
-TURNING_JS = r"""
+# %% ../nbs/09_widgets.ipynb #d4384a21
+TURNING_JS = R"""
 const turnable = (canvas, view, paint) => {
   const home = { ...view }, tilt = (v) => Math.max(-1.55, Math.min(1.55, v));
   let drag = null;
@@ -255,8 +255,8 @@ const turnable = (canvas, view, paint) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #b987207b
-PLAY_JS = r"""
+# %% ../nbs/09_widgets.ipynb #02a2deee
+PLAY_JS = R"""
 const playable = (button, last, now, go) => {
   let timer = null;
   const pause = () => (clearInterval(timer), (timer = null), (button.textContent = "play"));
@@ -271,8 +271,8 @@ const playable = (button, last, now, go) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #6b71ebc1
-LEGEND_JS = r"""
+# %% ../nbs/09_widgets.ipynb #c016a23f
+LEGEND_JS = R"""
 const legendOf = (names, changed) => {
   const hidden = new Set(), swatches = [], values = [];
   const bar = h("div", { className: "bar", style: "gap:4px 22px" });
@@ -285,8 +285,8 @@ const legendOf = (names, changed) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #b4652d8f
-CURVES_JS = r"""
+# %% ../nbs/09_widgets.ipynb #1c2c982d
+CURVES_JS = R"""
 const drawMotions = (ctx, place, data, paths, legend, step, dark) =>
   paths.forEach((flat, n) => {
     const { last, color } = data.paths[n], now = Math.round((Math.min(step, last) / last) * (flat.length / 3 - 1));
@@ -296,8 +296,8 @@ const drawMotions = (ctx, place, data, paths, legend, step, dark) =>
   });
 """
 
-# %% ../nbs/09_widgets.ipynb #ad22b3ae
-VIEWER_JS = r"""
+# %% ../nbs/09_widgets.ipynb #88a4a1fe
+VIEWER_JS = R"""
 function render({ model, el }) {
   const data = model.get("data"), paths = data.paths.map((p) => unpack(p.points)), view = { yaw: -0.6, pitch: 0.45, zoom: 1 };
   const canvas = h("canvas", { tabIndex: 0, role: "img", style: "cursor:grab;touch-action:pan-y", "aria-label": `${data.title}: trajectories in space. Arrow keys turn the view.` });
@@ -407,8 +407,8 @@ def linear_fill(
         [np.interp(steps, steps[seen], v[seen]) for v in np.asarray(values, float).T], 1
     )
 
-# %% ../nbs/09_widgets.ipynb #ab8ae52e
-FILL_JS = r"""
+# %% ../nbs/09_widgets.ipynb #72ec437f
+FILL_JS = R"""
 const readMask = (text, T) => { const b = bytes(text); return Array.from({ length: T }, (_, i) => (b[i >> 3] >> (i & 7)) & 1); };
 const ruler = (truth, mask, T, D) => {
   const out = new Float64Array(T * D), seen = [...mask.keys()].filter((i) => !mask[i]);
@@ -426,8 +426,8 @@ const spread = (truth, hidden, mask, D) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #bd27599f
-STROKE_JS = r"""
+# %% ../nbs/09_widgets.ipynb #8e905aa9
+STROKE_JS = R"""
 const stroke = (ctx, at, T, use, color, thick, dash = []) => {
   ctx.beginPath();
   for (let i = 0; i < T; i++)
@@ -442,8 +442,8 @@ const stroke = (ctx, at, T, use, color, thick, dash = []) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #c21528f3
-PANEL_JS = r"""
+# %% ../nbs/09_widgets.ipynb #42868e93
+PANEL_JS = R"""
 const panel = (ctx, data, d, [left, top, width, high], truth, mask, curves, theme) => {
   const { T, D } = data, x = (i) => left + (width * i) / (T - 1), isInside = left < 12;
   const y = (v) => top + high * (0.94 - (0.88 * (v - data.low[d])) / (data.high[d] - data.low[d]));
@@ -466,8 +466,8 @@ const panel = (ctx, data, d, [left, top, width, high], truth, mask, curves, them
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #17f1aa9f
-CLOCK_JS = r"""
+# %% ../nbs/09_widgets.ipynb #de81a361
+CLOCK_JS = R"""
 const timeAxis = (ctx, data, [left, top, width], theme) => {
   Object.assign(ctx, { fillStyle: theme.muted, textBaseline: "top" });
   for (const t of width < 420 ? [0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1]) {
@@ -477,8 +477,8 @@ const timeAxis = (ctx, data, [left, top, width], theme) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #ccc168a9
-HOLES_JS = r"""
+# %% ../nbs/09_widgets.ipynb #ab2b227b
+HOLES_JS = R"""
 const drawHoles = (canvas, data, truth, mask, curves, theme) => {
   const { D, names } = data, high = Math.max(54, Math.min(90, 400 / D)), longest = Math.max(...names.map((n) => n.length));
   const [ctx, wide] = pen(canvas, D * (high + 8) + 22, theme), left = wide < 480 ? 4 : 12 + 7 * longest, width = wide - left - 8;
@@ -487,8 +487,8 @@ const drawHoles = (canvas, data, truth, mask, curves, theme) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #09502090
-ERRORS_JS = r"""
+# %% ../nbs/09_widgets.ipynb #42204fcd
+ERRORS_JS = R"""
 const showErrors = (rows, verdict, now, data, color, theme) => {
   const [low, high] = data.scale.map(Math.log);
   rows.replaceChildren();
@@ -505,8 +505,8 @@ const showErrors = (rows, verdict, now, data, color, theme) => {
 };
 """
 
-# %% ../nbs/09_widgets.ipynb #0bb635ba
-RECONSTRUCTION_JS = r"""
+# %% ../nbs/09_widgets.ipynb #9710e5e3
+RECONSTRUCTION_JS = R"""
 function render({ model, el }) {
   const data = model.get("data"), { T, D } = data, truth = unpack(data.truth), verdict = h("div");
   const canvas = h("canvas", { role: "img" }), menu = h("select", { "aria-label": "kind of mask" });
@@ -643,8 +643,8 @@ class MaskReconstruction(anywidget.AnyWidget):
         data = reconstruction_data(truth, cases, names, dt_s, title, metric)
         super().__init__(data=data, kind=0, ratio=len(data["kinds"][0]["cases"]) // 2)
 
-# %% ../nbs/09_widgets.ipynb #dfd9830a
-HOST_JS = r"""(async (id) => {
+# %% ../nbs/09_widgets.ipynb #3d70c770
+HOST_JS = R"""(async (id) => {
   const state = JSON.parse(document.getElementById(id + "-state").textContent), calls = {};
   const model = {
     get: (key) => state[key],
@@ -704,12 +704,12 @@ def save_html(
     atomic_write(Path(path), f"{head}<body>{static_html(widget.get_state())}</body></html>")
     return Path(path)
 
-# %% ../nbs/09_widgets.ipynb #f8a1a529
+# %% ../nbs/09_widgets.ipynb #4bc3098d
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 PLOTLY = "application/vnd.plotly.v1+json"
 
-DRAW_JS = r"""((id) => {
+DRAW_JS = R"""((id) => {
   const { data, layout, frames } = JSON.parse(document.getElementById(id + "-state").textContent);
   const options = { responsive: true, displaylogo: false };
   Plotly.newPlot(id, data, layout, options).then(() => Plotly.addFrames(id, frames));
