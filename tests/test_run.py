@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import nbformat
 import pytest
 from toy_method import Project, wait_for
 
@@ -372,3 +373,14 @@ def test_claims_are_bound_to_published_numbers(runs):
     assert len(problems) == len(broken) + 1 and "listed twice" in problems[-1]
     for (_, words), problem in zip(broken, problems, strict=False):
         assert words in problem
+
+
+def test_a_page_that_breaks_after_its_stage_does_not_stop_the_run(checkout):
+    path = checkout.root / "nbs" / "toy" / "91_train.ipynb"
+    page = nbformat.read(path, 4)
+    page.cells.append(nbformat.v4.new_code_cell("1 / 0  # a picture that cannot be drawn"))
+    nbformat.write(page, path)
+    code, out, err = checkout.call("run", "toy")
+    assert code == 0 and "evaluate.error" in out
+    assert "done; its page broke afterwards: stage train failed with ZeroDivisionError" in err
+    assert (checkout.folder("tiny") / "notebooks" / "train.ipynb").exists()

@@ -1200,7 +1200,7 @@ def environment(changed: dict[str, str]) -> Iterator[None]:
             os.environ.pop(k, None)
             os.environ |= {} if v is None else {k: v}
 
-# %% ../nbs/07_run.ipynb #e3803ba7
+# %% ../nbs/07_run.ipynb #64334aa4
 def run_seed(job: Job, stages: Sequence[str]) -> bool:  # False if a time limit has paused it
     "Run the stages of one seed in order."
     for stage in stages:
@@ -1220,6 +1220,10 @@ def run_seed(job: Job, stages: Sequence[str]) -> bool:  # False if a time limit 
                 raise
             job.say(f"{stage:<10} paused: {e}; go on with --resume")
             return False
+        except StageFailed as e:
+            if job.state(stage) != "done":
+                raise
+            job.say(f"{stage:<10} done; its page broke afterwards: {str(e).splitlines()[0]}")
         job.say(f"{stage:<10} {show_seconds(time.monotonic() - start)}")
     return True
 
