@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Precision', 'Schedule', 'Device', 'C', 'NUMERIC_GROUND', 'require', 'TrainConfig', 'coerce', 'to_dict', 'from_dict',
            'nearest', 'field_types', 'override', 'load_config_file', 'merge', 'Method', 'methods', 'load_method',
-           'resolve', 'config_hash', 'code_files', 'code_hash']
+           'resolve', 'config_hash', 'Outline', 'outline', 'reach', 'used_code', 'code_hash']
 
-# %% ../nbs/01_config.ipynb #77eb6d56
+# %% ../nbs/01_config.ipynb #fb075136
 import ast
 import dataclasses
 import hashlib
 import importlib
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, TypeVar, get_type_hints
+from typing import Literal, NamedTuple, TypeVar, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -298,33 +298,95 @@ def config_hash(value: object) -> str:  # 12 hexadecimal digits
     text = json.dumps(plain, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-# %% ../nbs/01_config.ipynb #f4a90cea
-def _without_docstrings(source: str) -> str:
-    "The syntax tree of `source` as text, without comments and docstrings."
+# %% ../nbs/01_config.ipynb #3b528fed
+def _without_docstrings(source: str) -> ast.Module:
+    "The syntax tree of `source`, without comments and docstrings."
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
             if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
                 body[0].value.value = ""
-    return ast.dump(tree)
+    return tree
 
-# %% ../nbs/01_config.ipynb #14be9420
-def code_files(method: str | None = None) -> list[Path]:
-    "The modules whose code can change a method's numbers."
+# %% ../nbs/01_config.ipynb #49e5e128
+class Outline(NamedTuple):
+    "The top level of a module."
+
+    definitions: dict[str, list[ast.stmt]]  # Name to all statements that define or extend it
+    imports: dict[str, tuple[str, str]]  # Name to (module of the book, name there)
+    rest: list[ast.stmt]  # Whatever is executed besides
+
+
+def _names_defined(node: ast.stmt) -> list[str]:
+    "Names that a top-level statement defines; `A.f = g` extends `A`."
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return [n.id for t in targets if t is not None for n in ast.walk(t) if isinstance(n, ast.Name)]
+
+# %% ../nbs/01_config.ipynb #2b16b819
+@lru_cache(maxsize=64)
+def outline(
+    source: str,  # Text of the module
+    package: str = "",  # "" for the ground, "mae" for the modules of that method
+) -> Outline:
+    "Definitions, imports and the rest of a module, without comments and docstrings."
+    found = Outline({}, {}, [])
+    for node in _without_docstrings(source).body:
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("trajbook.")):
+            module = (node.module or "").removeprefix("trajbook.")
+            module = f"{package}.{module}".strip(".") if node.level == 1 else module
+            found.imports.update({a.asname or a.name: (module, a.name) for a in node.names})
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            continue  # other libraries: their versions are recorded elsewhere
+        elif names := _names_defined(node):
+            for name in names:
+                found.definitions.setdefault(name, []).append(node)
+        else:
+            found.rest.append(node)
+    return found
+
+# %% ../nbs/01_config.ipynb #50bc8939
+def reach(
+    modules: Mapping[str, Outline],  # By name, such as "nn" and "mae.model"
+    start: Iterable[str],  # Modules that count as a whole
+) -> dict[tuple[str, str], list[ast.stmt]]:  # (module, name) to its statements, in sorted order
+    "Everything that is used, directly or through others."
+    found: dict[tuple[str, str], list[ast.stmt]] = {}
+    todo = [(m, name) for m in start for name in modules[m].definitions]
+    while todo:
+        module, name = todo.pop()
+        if module not in modules or (module, name) in found:
+            continue
+        here = modules[module]
+        if name in here.imports:
+            todo.append(here.imports[name])
+        elif nodes := here.rest if name == "" else here.definitions.get(name):
+            found[module, name] = nodes
+            used = {n.id for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name)}
+            todo += [(module, other) for other in {"", *used}]
+    return dict(sorted(found.items()))
+
+# %% ../nbs/01_config.ipynb #811633dd
+def used_code(method: str | None = None) -> dict[tuple[str, str], list[ast.stmt]]:
+    "The definitions that can change a method's numbers, or all of the ground."
     package = Path(trajbook.__path__[0])
-    ground = [package / f"{name}.py" for name in NUMERIC_GROUND]
-    own = []
+    files = {name: package / f"{name}.py" for name in NUMERIC_GROUND}
+    start = list(files)
     if method:
         folder = Path(importlib.import_module(f"trajbook.{method}").__path__[0])
-        own = sorted(folder.glob("*.py"))
-    return [p for p in ground + own if p.exists()]
+        own = {f"{method}.{p.stem}": p for p in sorted(folder.glob("*.py")) if p.stem != "__init__"}
+        files, start = files | own, list(own)
+    texts = {k: p.read_text(encoding="utf-8") for k, p in files.items() if p.exists()}
+    modules = {k: outline(text, k.rpartition(".")[0]) for k, text in texts.items()}
+    return reach(modules, [k for k in start if k in modules])
 
-# %% ../nbs/01_config.ipynb #dfa88e41
+# %% ../nbs/01_config.ipynb #67a91bd5
 def code_hash(method: str | None = None) -> str:  # 12 hexadecimal digits
     "Fingerprint of the code that makes a method's numbers; comments and docstrings do not count."
     digest = hashlib.sha256()
-    for path in code_files(method):
-        digest.update(f"{path.parent.name}/{path.name}\n".encode())
-        digest.update(_without_docstrings(path.read_text(encoding="utf-8")).encode())
+    for (module, name), nodes in used_code(method).items():
+        digest.update(f"{module}.{name}\n".encode())
+        digest.update("\n".join(map(ast.dump, nodes)).encode())
     return digest.hexdigest()[:12]
