@@ -1239,14 +1239,23 @@ def stop_children() -> None:
                 child.send_signal(number)
         _, children = psutil.wait_procs(children, timeout=5)
 
-# %% ../nbs/07_run.ipynb #79726aa8
+# %% ../nbs/07_run.ipynb #814fc5e1
 def side_by_side(calls: Sequence[Callable[[], Any]], jobs: int) -> list[Any]:
     "Call all, `jobs` at a time; an interrupt from the keyboard stops the children first."
     if len(calls) == 1:
         return [calls[0]()]
-    pool = ThreadPoolExecutor(max(1, jobs))
+    pool, failed = ThreadPoolExecutor(max(1, jobs)), threading.Event()
+
+    def unless_failed(call: Callable[[], Any]) -> Any:
+        if not failed.is_set():
+            try:
+                return call()
+            except BaseException:
+                failed.set()
+                raise
+
     try:
-        return [w.result() for w in [pool.submit(c) for c in calls]]
+        return [w.result() for w in [pool.submit(unless_failed, c) for c in calls]]
     except KeyboardInterrupt:
         pool.shutdown(wait=False, cancel_futures=True)
         stop_children()
