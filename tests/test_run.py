@@ -357,6 +357,7 @@ def test_claims_are_bound_to_published_numbers(runs):
     publish(["toy/tiny"])
     claim = {"id": "1", "document": "toy", "sentence": "Small error.", "status": "verified"}
     claim |= {"key": "evaluate.error", "method": "toy", "preset": "tiny", "page": "00_core"}
+    claim |= {"versus": "evaluate.zero", "relation": "below"}
     runs.write("nbs/00_core.ipynb", "{}")
     broken = [
         ({"key": "evaluate.none"}, "no published result"),
@@ -365,6 +366,10 @@ def test_claims_are_bound_to_published_numbers(runs):
         ({"status": "open", "key": None}, "without a reason"),
         ({"sentence": ""}, "has no sentence"),
         ({"value": 3}, "unknown field"),
+        ({"relation": "above"}, "its rule does not hold"),
+        ({"versus": "evaluate.none"}, "without a rule"),
+        ({"status": "refuted"}, "its rule holds"),
+        ({"says": [5, None]}, "its rule does not hold"),
     ]
     rows = [claim, *(claim | {"id": str(i + 2)} | b for i, (b, _) in enumerate(broken)), claim]
     runs.write("data/claims.json", json.dumps(rows))
