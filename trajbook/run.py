@@ -1462,7 +1462,7 @@ def result_arrays(result: dict) -> dict[str, np.ndarray]:  # "<stage>.<name>" ->
     name = result["file"].removesuffix(".json") + "-arrays.safetensors"
     return read_arrays(results_dir() / result["method"] / name)
 
-# %% ../nbs/07_run.ipynb #b97a7896
+# %% ../nbs/07_run.ipynb #8b9785ce
 def load_claims(
     path: str | Path | None = None,
 ) -> list[dict]:  # Claims with "metric", "rival", "difference" and "stale"
@@ -1474,14 +1474,14 @@ def load_claims(
         try:
             return load_results(method, preset)
         except TrajbookError:
-            return {"metrics": {}, "comparisons": {}, "stale": False}
+            return {"metrics": {}, "stale": False}
 
     for claim in claims:
         asked = claim.get("key") and claim.get("method")
         found = results(claim["method"], claim.get("preset")) if asked else results("", None)
         key, versus = claim.get("key"), claim.get("versus")
         claim["metric"], claim["rival"] = map(found["metrics"].get, (key, versus))
-        claim["difference"] = found["comparisons"].get(f"{key} - {versus}")
+        claim["difference"] = found.get("comparisons", {}).get(f"{key} - {versus}")
         claim["stale"] = found["stale"]
     return claims
 
