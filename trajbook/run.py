@@ -20,12 +20,13 @@ __all__ = ['LIBRARIES', 'CODE_PATHS', 'KEY', 'FRAME', 'DISK_ERRORS', 'PARAMETERS
            'refuse_mixed', 'join_metrics', 'join_comparisons', 'join_arrays', 'published_name', 'publish',
            'load_results', 'result_arrays', 'load_claims', 'holds', 'check_claim', 'check_claims']
 
-# %% ../nbs/07_run.ipynb #58c7b355
+# %% ../nbs/07_run.ipynb #44de0961
 import ast
 import contextlib
 import copy
 import fnmatch
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import inspect
@@ -1406,7 +1407,7 @@ def published_name(run: RunReader) -> str:
         raise TrajbookError(f"{run.label} bears the name of a preset: run it with --name")
     return name
 
-# %% ../nbs/07_run.ipynb #a103966b
+# %% ../nbs/07_run.ipynb #65f37c4f
 def publish(
     specs: Sequence[str | Path],  # Runs, as find_runs takes them
     *,
@@ -1430,7 +1431,8 @@ def publish(
     result |= {"arrays_left_out": left_out}
     result |= {"comparisons": join_comparisons(pairs, metrics, per_seed)}
     stem = results_dir() / method / f"{name}-{'gpu' if made['hardware']['gpu'] else 'cpu'}"
-    packed = save(arrays, {"code_hash": made["code_hash"]})
+    packed = save(arrays)
+    result["arrays_sha256"] = hashlib.sha256(packed).hexdigest()
     atomic_write(f"{stem}-arrays.safetensors", packed)
     return write_json(f"{stem}.json", result)
 
@@ -1456,11 +1458,17 @@ def load_results(
         f"`trajbook run {method} --preset {preset or 'small'}` and `trajbook publish` make them"
     )
 
-# %% ../nbs/07_run.ipynb #97230e4c
+# %% ../nbs/07_run.ipynb #8883662c
 def result_arrays(result: dict) -> dict[str, np.ndarray]:  # "<stage>.<name>" -> (seeds, ...)
     "The arrays published beside a result."
     name = result["file"].removesuffix(".json") + "-arrays.safetensors"
-    return read_arrays(results_dir() / result["method"] / name)
+    path = results_dir() / result["method"] / name
+    arrays, wanted = read_arrays(path), result.get("arrays_sha256")
+    if wanted not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+        raise TrajbookError(
+            f"{name} is not of the same publication as {result['file']}: publish again"
+        )
+    return arrays
 
 # %% ../nbs/07_run.ipynb #8b9785ce
 def load_claims(

@@ -727,7 +727,7 @@ def sentence(box: str) -> str:
     message = blocks[0] if box.lstrip().startswith("╭") or len(blocks) == 1 else blocks[1]
     return " ".join(message).removeprefix("Error ").rstrip(".") or "the command is incomplete"
 
-# %% ../../nbs/apps/64_cli.ipynb #f98e9ccd
+# %% ../../nbs/apps/64_cli.ipynb #13b7b723
 COMMANDS = {
     "run": RunCommand, "runs": RunsCommand, "eval": EvalCommand, "embed": EmbedCommand,
     "compare": CompareCommand, "demo": DemoCommand, "bench": BenchCommand, "publish": PublishCommand,
@@ -735,8 +735,7 @@ COMMANDS = {
 }  # fmt: skip
 DESCRIPTION = """An executable research book on learning from trajectories.
 
-`trajbook COMMAND --help` shows options and examples. Every command takes --debug, which shows the
-traceback of an error."""
+`trajbook COMMAND --help` shows options and examples; --debug shows the traceback of an error."""
 
 # %% ../../nbs/apps/64_cli.ipynb #9a5f4ad2
 FIRST = (
