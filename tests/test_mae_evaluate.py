@@ -61,7 +61,7 @@ from trajbook.mae.evaluate import (  # noqa: E402
 from trajbook.mae.model import TrajectoryMAE, eval_masks  # noqa: E402
 from trajbook.metrics import masked_mse  # noqa: E402
 from trajbook.nn import MemoryMeter  # noqa: E402
-from trajbook.run import Run  # noqa: E402
+from trajbook.run import VERDICTS, Run  # noqa: E402
 
 SMALL = ModelConfig(patch=10, window=100, d_model=32, n_layers=1, n_heads=2, d_ff=64)
 
@@ -388,7 +388,7 @@ def test_claims_of_the_document_have_a_form():
     mine = [c for c in claims if c["document"].startswith("000")]
     assert len(mine) >= 20 and len({c["id"] for c in mine}) == len(mine)
     for c in mine:
-        assert c["status"] in ("verified", "corrected", "refuted", "open")
+        assert c["status"] in VERDICTS
         assert c["key"] and c["page"].startswith("mae/")
         assert c["status"] != "open" or c["reason"]
     assert len(BEHAVIOURS) == 5
