@@ -8,9 +8,9 @@ __all__ = ['FREE', 'tally', 'means', 'to_tensor', 'to_tensors', 'Source', 'share
            'Stepper', 'not_finite', 'Reader', 'seed_everything', 'Trainer', 'state_of', 'load_state', 'release',
            'rows_to_keep', 'tracker_options', 'open_trackers', 'Log', 'numbered', 'Shelf', 'newest_state', 'sweep',
            'settings_of', 'check_settings', 'begin', 'Clock', 'Bar', 'Session', 'look', 'keep', 'Paused', 'visit',
-           'run_steps', 'FitResult', 'fit', 'live_plot']
+           'run_steps', 'FitResult', 'fit', 'begin_child', 'collect', 'share_out', 'train_all', 'live_plot']
 
-# %% ../nbs/06_train.ipynb #fb5e1dc2
+# %% ../nbs/06_train.ipynb #1c936e21
 import copy
 import importlib.util
 import json
@@ -20,10 +20,14 @@ import random
 import shutil
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -51,7 +55,7 @@ from trajbook.core import (
     read_jsonl,
 )
 
-# %% ../nbs/06_train.ipynb #bd426bf1
+# %% ../nbs/06_train.ipynb #7981759e
 def tally(
     loss_sum: Tensor,  # () loss summed over what counts
     weight: Tensor | float,  # () how much counted
@@ -64,7 +68,7 @@ def tally(
     flat = [torch.as_tensor(v, **kind).detach() for pair in pairs for v in pair]
     return torch.stack(flat).view(-1, 2)
 
-# %% ../nbs/06_train.ipynb #0abbd03e
+# %% ../nbs/06_train.ipynb #0d6917ad
 def means(
     names: Sequence[str],  # One per row
     sums: np.ndarray,  # (K, 2) sums and weights
@@ -73,7 +77,7 @@ def means(
     values = {n: s / w if w else math.nan for n, (s, w) in zip(names, sums.tolist(), strict=True)}
     return {n: v if math.isfinite(v) else None for n, v in values.items()}
 
-# %% ../nbs/06_train.ipynb #217fcfd0
+# %% ../nbs/06_train.ipynb #efbe873c
 def to_tensor(value: Any, device: torch.device) -> Any:
     "An array as a tensor on the device; other things stay what they are."
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
@@ -81,7 +85,7 @@ def to_tensor(value: Any, device: torch.device) -> Any:
         value = value.pin_memory() if device.type == "cuda" else value
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-# %% ../nbs/06_train.ipynb #a1c62f48
+# %% ../nbs/06_train.ipynb #76a7ea00
 def to_tensors(
     batch: dict,  # Arrays or tensors, `sample_id` among them
     device: torch.device,
@@ -90,7 +94,7 @@ def to_tensors(
     "A batch as a loss function gets it."
     return {k: to_tensor(v, device) for k, v in batch.items()} | {"step": step}
 
-# %% ../nbs/06_train.ipynb #0c967acf
+# %% ../nbs/06_train.ipynb #310be854
 class Source:
     "Endless batches whose position can be written down and found again."
 
@@ -118,7 +122,7 @@ class Source:
             self.batches.load_state_dict(state["inner"])
             self.iterator, self.taken = iter(self.batches), state["taken"]
 
-# %% ../nbs/06_train.ipynb #776a66d9
+# %% ../nbs/06_train.ipynb #8741ad36
 def share(cfg: TrainConfig) -> dict[str, int]:  # batch_size, rank and world for `Batches`
     "The part of a step that this process takes at a time."
     world, size = int(os.environ.get("WORLD_SIZE", 1)), cfg.batch_size // cfg.accumulate
@@ -126,7 +130,7 @@ def share(cfg: TrainConfig) -> dict[str, int]:  # batch_size, rank and world for
         raise TrajbookError(f"batches of {size} cannot be shared by {world} processes")
     return {"batch_size": size, "rank": int(os.environ.get("RANK", 0)), "world": world}
 
-# %% ../nbs/06_train.ipynb #d88777b3
+# %% ../nbs/06_train.ipynb #921cf9f6
 def lr_at(
     step: int,  # Steps done so far
     cfg: TrainConfig,
@@ -141,7 +145,7 @@ def lr_at(
     cosine = 0.5 * (1 + math.cos(math.pi * share))
     return cfg.lr * (cfg.min_lr_fraction + (1 - cfg.min_lr_fraction) * cosine)
 
-# %% ../nbs/06_train.ipynb #b91ddc92
+# %% ../nbs/06_train.ipynb #69541c97
 class BestSoFar:
     "The best validation loss, and the factor on the learning rate that follows from waiting."
 
@@ -164,7 +168,7 @@ class BestSoFar:
         "Its numbers, fit for `save_training_state`."
         return {k: v for k, v in vars(self).items() if k != "cfg"}
 
-# %% ../nbs/06_train.ipynb #a5223393
+# %% ../nbs/06_train.ipynb #5a22b5d1
 class Ema:
     "A copy of the model whose weights are the moving average of the model's."
 
@@ -186,7 +190,7 @@ class Ema:
         for mine, theirs in self.buffers:
             mine.copy_(theirs)
 
-# %% ../nbs/06_train.ipynb #a773a1f2
+# %% ../nbs/06_train.ipynb #79f5412f
 def make_accelerator(
     precision: str,  # "fp32", "bf16" or "fp16"
     device: str | torch.device = "auto",  # "auto", "cpu", "cuda" or "mps"
@@ -210,7 +214,7 @@ def make_accelerator(
         accel.native_amp, accel.scaler = True, torch.amp.GradScaler("cpu")
     return accel
 
-# %% ../nbs/06_train.ipynb #7b9e54fd
+# %% ../nbs/06_train.ipynb #ac9c5d15
 class Machine:
     "The device of this process, and its place among the processes."
 
@@ -227,7 +231,7 @@ class Machine:
         "The sum of a tensor over all processes."
         return self.accel.reduce(value, "sum") if self.world > 1 else value
 
-# %% ../nbs/06_train.ipynb #ace414ff
+# %% ../nbs/06_train.ipynb #1d405c22
 def adamw(
     model: nn.Module,  # On its device
     cfg: TrainConfig,
@@ -238,7 +242,7 @@ def adamw(
     options = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
     return torch.optim.AdamW(weights, fused=fused, **options)
 
-# %% ../nbs/06_train.ipynb #1733e445
+# %% ../nbs/06_train.ipynb #0a363134
 class Setup(Machine):
     "A model, its optimizer and its average, ready for the first step."
 
@@ -266,12 +270,12 @@ class Setup(Machine):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.model.train()
 
-# %% ../nbs/06_train.ipynb #b1149259
+# %% ../nbs/06_train.ipynb #47d1e6a0
 def not_zero(weight: Tensor) -> Tensor:  # 1 where the weight is 0
     "A weight that one can divide by: where nothing counts the loss sum is 0 too."
     return weight + (weight == 0)
 
-# %% ../nbs/06_train.ipynb #469c925b
+# %% ../nbs/06_train.ipynb #12eea142
 @torch.no_grad()
 def rescale(parameters: Sequence[nn.Parameter], factor: Tensor) -> None:
     "Multiply all gradients by a number."
@@ -279,7 +283,7 @@ def rescale(parameters: Sequence[nn.Parameter], factor: Tensor) -> None:
         if p.grad is not None:
             p.grad.mul_(factor)
 
-# %% ../nbs/06_train.ipynb #13f174b1
+# %% ../nbs/06_train.ipynb #d7b3699a
 def add_gradients(
     setup: Setup,
     batches: list[dict],  # Of this process, for one step
@@ -300,7 +304,7 @@ def add_gradients(
         rescale(setup.parameters, reference / not_zero(setup.everywhere(sums[0, 1])))
     return sums, ["loss", *metrics]
 
-# %% ../nbs/06_train.ipynb #a8476fcf
+# %% ../nbs/06_train.ipynb #99472bfe
 def norm_row(
     norm: Tensor,  # () norm of all gradients
     scaler: object | None,  # Of fp16; overflows are part of its plan and do not count
@@ -310,7 +314,7 @@ def norm_row(
     row = torch.stack([torch.where(finite.bool(), norm, 0.0), finite.to(norm.dtype)])
     return row.float().detach().view(1, 2)
 
-# %% ../nbs/06_train.ipynb #f2981bb2
+# %% ../nbs/06_train.ipynb #6768cf63
 class Stepper(Setup):
     "A setup that can take steps."
 
@@ -329,7 +333,7 @@ class Stepper(Setup):
         ids = [b["sample_id"] for b in batches if "sample_id" in b]
         self.pending.append((self.step, ids, torch.cat([sums, norm_row(norm, self.accel.scaler)])))
 
-# %% ../nbs/06_train.ipynb #29a0e92e
+# %% ../nbs/06_train.ipynb #1cd3fecc
 def not_finite(
     stepper: Stepper,
     step: int,  # The first bad one
@@ -346,7 +350,7 @@ def not_finite(
         f"{shown or 'unknown'}; last good checkpoint: {stepper.last_good or 'none yet'}"
     )
 
-# %% ../nbs/06_train.ipynb #7ca748f0
+# %% ../nbs/06_train.ipynb #ec884859
 class Reader(Stepper):
     "Steps, and what they gave."
 
@@ -365,7 +369,7 @@ class Reader(Stepper):
             raise not_finite(self, steps[bad], [] if innocent else ids[bad], what)
         return means(self.names, sums.sum(axis=0))
 
-# %% ../nbs/06_train.ipynb #bbdb9eb9
+# %% ../nbs/06_train.ipynb #47543367
 def seed_everything(*key: int | str) -> None:
     "Seed the generators of Python, NumPy and torch from the name of a stream."
     seed = key_to_seed(*key) % 2**32
@@ -373,7 +377,7 @@ def seed_everything(*key: int | str) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
 
-# %% ../nbs/06_train.ipynb #4c73b0d8
+# %% ../nbs/06_train.ipynb #0dd60ebe
 class Trainer(Reader):
     "A training: steps, what they gave, and validation."
 
@@ -393,7 +397,7 @@ class Trainer(Reader):
         set_rng_state(generators)
         return means([f"val_{n}" for n in names], self.everywhere(sums).cpu().double().numpy())
 
-# %% ../nbs/06_train.ipynb #ebb5132c
+# %% ../nbs/06_train.ipynb #6d71694a
 def state_of(trainer: Trainer, source: Source) -> dict:  # Fit for `save_training_state`
     "All that the next step depends on; every process must call it."
     mine = {"rng": rng_state(), "data": source.state()}
@@ -407,7 +411,7 @@ def state_of(trainer: Trainer, source: Source) -> dict:  # Fit for `save_trainin
         "processes": gather_object([mine]) if trainer.world > 1 else [mine],
     }
 
-# %% ../nbs/06_train.ipynb #148294b8
+# %% ../nbs/06_train.ipynb #19bbf39e
 def load_state(trainer: Trainer, source: Source, state: dict) -> None:
     "Go to where `state_of` was called."
     trainer.module.load_state_dict(state["model"])
@@ -422,13 +426,13 @@ def load_state(trainer: Trainer, source: Source, state: dict) -> None:
     source.load(mine["data"])
     set_rng_state(mine["rng"])
 
-# %% ../nbs/06_train.ipynb #7ae9d132
+# %% ../nbs/06_train.ipynb #a0605f7b
 def release(trainer: Trainer) -> None:
     "Give the model back as it came, without Accelerate's wrapping."
     for key in ("forward", "_original_forward", "_is_accelerate_prepared"):
         trainer.module.__dict__.pop(key, None)
 
-# %% ../nbs/06_train.ipynb #9dc33882
+# %% ../nbs/06_train.ipynb #7ba2336d
 def rows_to_keep(
     file: Path,  # `log.jsonl`, may be missing
     name: str,  # Of this training
@@ -437,7 +441,7 @@ def rows_to_keep(
     "Rows of other trainings, and those of this one up to a step."
     return [r for r in read_jsonl(file) if r.get("name") != name or r["step"] <= start]
 
-# %% ../nbs/06_train.ipynb #4d792ff4
+# %% ../nbs/06_train.ipynb #5aa5998a
 def tracker_options(
     run_dir: Path,
     run: str,  # Name of the training
@@ -451,7 +455,7 @@ def tracker_options(
         "wandb": ("trajbook", {"dir": str(run_dir), "name": name, "config": config}),
     }
 
-# %% ../nbs/06_train.ipynb #14c7a58c
+# %% ../nbs/06_train.ipynb #45c5d1b6
 def open_trackers(
     names: Sequence[str],  # Such as ("tensorboard", "wandb")
     options: dict[str, tuple[str, dict]],  # From `tracker_options`
@@ -469,7 +473,7 @@ def open_trackers(
         opened[-1].start()
     return opened
 
-# %% ../nbs/06_train.ipynb #1a6ab0a8
+# %% ../nbs/06_train.ipynb #2cb079ef
 class Log:
     "The rows of one training, in `log.jsonl` and in trackers."
 
@@ -504,7 +508,7 @@ class Log:
         for tracker in self.trackers:
             tracker.finish()
 
-# %% ../nbs/06_train.ipynb #e5d564ec
+# %% ../nbs/06_train.ipynb #200a6c7d
 def numbered(
     folder: Path,  # Of one training
     kind: str,  # "step" or "state"
@@ -513,7 +517,7 @@ def numbered(
     found = (p.name.removeprefix(f"{kind}-") for p in folder.glob(f"{kind}-*"))
     return sorted(int(n) for n in found if n.isdigit())
 
-# %% ../nbs/06_train.ipynb #e28a924b
+# %% ../nbs/06_train.ipynb #edd9368e
 class Shelf:
     "Where one training puts its checkpoints and states: `best`, `final`, `step-N`, `state-N`."
 
@@ -541,7 +545,7 @@ class Shelf:
             for old in steps[: max(0, len(steps) - keep)]:
                 shutil.rmtree(self.folder / f"{kind}-{old}", ignore_errors=True)
 
-# %% ../nbs/06_train.ipynb #c90226c0
+# %% ../nbs/06_train.ipynb #4787443e
 def newest_state(
     folder: Path,  # Of one training
 ) -> tuple[dict, dict] | None:  # State and meta
@@ -557,7 +561,7 @@ def newest_state(
         raise problems[0]
     return None
 
-# %% ../nbs/06_train.ipynb #bfd9d5fa
+# %% ../nbs/06_train.ipynb #4c391c20
 def sweep(
     folder: Path,  # Of one training
     everything: bool = False,  # Also what is whole
@@ -569,7 +573,7 @@ def sweep(
         for path in folder.glob(name):
             shutil.rmtree(path, ignore_errors=True)
 
-# %% ../nbs/06_train.ipynb #242b6ab7
+# %% ../nbs/06_train.ipynb #54dbe278
 FREE = ("log_every", "save_every", "keep_checkpoints", "trackers")  # change nothing in the weights
 
 
@@ -578,7 +582,7 @@ def settings_of(trainer: Trainer) -> dict:  # Dotted name -> value
     train = {f"train.{k}": v for k, v in to_dict(trainer.cfg).items() if k not in FREE}
     return {"seed": trainer.seed, "processes": trainer.world} | train
 
-# %% ../nbs/06_train.ipynb #26476e02
+# %% ../nbs/06_train.ipynb #108b0c08
 def check_settings(trainer: Trainer, meta: dict, folder: Path) -> None:
     "An error if a state was made with settings other than those of this training."
     for what, now in settings_of(trainer).items():
@@ -588,7 +592,7 @@ def check_settings(trainer: Trainer, meta: dict, folder: Path) -> None:
                 "use a new folder, or start again without resuming"
             )
 
-# %% ../nbs/06_train.ipynb #66ce47e2
+# %% ../nbs/06_train.ipynb #b7279a6c
 def begin(
     trainer: Trainer,
     source: Source,
@@ -611,7 +615,7 @@ def begin(
         trainer.best.val = math.inf  # lost while it was replaced: the next one is the best
     return meta["time_s"]
 
-# %% ../nbs/06_train.ipynb #28fcb4c8
+# %% ../nbs/06_train.ipynb #08c10765
 class Clock:
     "What is due after a step, and the time it took."
 
@@ -641,7 +645,7 @@ class Clock:
         "Time spent on this training, all its parts together."
         return round(self.before + time.monotonic() - self.start, 3)
 
-# %% ../nbs/06_train.ipynb #9925e632
+# %% ../nbs/06_train.ipynb #cec9ade9
 class Bar:
     "The progress bar of a training, on the first process."
 
@@ -667,7 +671,7 @@ class Bar:
         if self.bar is not None:
             self.bar.close()
 
-# %% ../nbs/06_train.ipynb #57dc46e6
+# %% ../nbs/06_train.ipynb #fa7a243d
 @dataclass(frozen=True)
 class Session:
     "Everything that one call of `fit` works with."
@@ -681,7 +685,7 @@ class Session:
     val: list[dict]  # Validation batches
     after_eval: Sequence[Callable]  # Called as fn(trainer, row)
 
-# %% ../nbs/06_train.ipynb #b76e9bf1
+# %% ../nbs/06_train.ipynb #f7783ce7
 def look(
     session: Session,
     validate: bool,  # Also on the validation batches
@@ -699,7 +703,7 @@ def look(
     for fn in session.after_eval if validate else ():
         fn(trainer, session.log.rows[-1])
 
-# %% ../nbs/06_train.ipynb #e91a6933
+# %% ../nbs/06_train.ipynb #d34dbc98
 def keep(session: Session) -> None:
     "Write the state, and the model beside it."
     trainer, step = session.trainer, session.trainer.step
@@ -709,11 +713,11 @@ def keep(session: Session) -> None:
         session.shelf.store(step, trainer.weights, state, meta)
     trainer.last_good = session.shelf.folder / f"state-{step}"
 
-# %% ../nbs/06_train.ipynb #8bdfe34a
+# %% ../nbs/06_train.ipynb #113426f4
 class Paused(TrajbookError):
     "The time limit was reached; the same call again goes on."
 
-# %% ../nbs/06_train.ipynb #63aa612a
+# %% ../nbs/06_train.ipynb #89e773b1
 def visit(
     session: Session,
     due: set[str],  # What `Clock.due` found
@@ -727,7 +731,7 @@ def visit(
         steps = f"{trainer.step} of {trainer.cfg.steps}"
         raise Paused(f"training paused at step {steps}: the time was up")
 
-# %% ../nbs/06_train.ipynb #e47480fb
+# %% ../nbs/06_train.ipynb #01ef58ad
 def run_steps(session: Session) -> None:
     "Train to the last step, or until somebody stops it."
     cfg = session.trainer.cfg
@@ -737,7 +741,7 @@ def run_steps(session: Session) -> None:
         if due := session.clock.due(bool(session.val)):
             visit(session, due)
 
-# %% ../nbs/06_train.ipynb #62d38f1e
+# %% ../nbs/06_train.ipynb #da29fd14
 @dataclass(frozen=True)
 class FitResult:
     "How a training ended."
@@ -747,7 +751,7 @@ class FitResult:
     best_val: float | None  # That loss
     stopped: str = ""  # Reason given by an `after_eval` function, "" if all steps were done
 
-# %% ../nbs/06_train.ipynb #5a7a472b
+# %% ../nbs/06_train.ipynb #12b6ca8c
 def fit(
     model: nn.Module,  # With its initial weights
     loss_fn: Callable,  # (model, batch) -> (loss_sum, weight, {name: mean or (sum, weight)})
@@ -784,7 +788,91 @@ def fit(
     best = trainer.best
     return FitResult(trainer.step, best.step, best.val if best.step else None, trainer.stopped)
 
-# %% ../nbs/06_train.ipynb #a91d0276
+# %% ../nbs/06_train.ipynb #7c890c0f
+def begin_child(threads: int) -> None:
+    "In a new process: no progress bar of its own, few threads, and an end with the parent."
+    os.environ["TQDM_DISABLE"] = "1"
+    torch.set_num_threads(threads)
+
+    def watch() -> None:
+        connection.wait([parent_process().sentinel])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+# %% ../nbs/06_train.ipynb #e61ffc54
+def collect(part: Path, run_dir: Path, name: str) -> None:
+    "Move a training that ran in `part` into the run folder; may be repeated."
+    if not (part / "checkpoints" / name / "final").exists():
+        return
+    log = run_dir / "log.jsonl"
+    kept = [r for r in read_jsonl(log) if r.get("name") != name] if log.exists() else []
+    rows = kept + read_jsonl(part / "log.jsonl")
+    atomic_write(log, "".join(json.dumps(r) + "\n" for r in rows))
+    for place in (Path("tensorboard") / name, Path("checkpoints") / name):  # what says done, last
+        if (part / place).exists():
+            shutil.rmtree(run_dir / place, ignore_errors=True)
+            (run_dir / place).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(part / place, run_dir / place)
+    shutil.rmtree(part, ignore_errors=True)
+
+# %% ../nbs/06_train.ipynb #09b2398a
+def share_out(
+    jobs: Sequence[str],  # What there is to do
+    here: Callable[[str], None],  # Does a job in this process
+    there: Callable[[str], Future],  # Starts a job in another process
+    others: int,  # Number of other processes
+) -> None:
+    "Do all jobs, in this process and in others, until none is left or one fails."
+    waiting, lock = deque(jobs), Lock()
+
+    def take(first: bool) -> str | None:  # `None`: nothing is left
+        with lock:
+            return (waiting.popleft() if first else waiting.pop()) if waiting else None
+
+    def work(first: bool, do: Callable[[str], None]) -> None:
+        try:
+            while (job := take(first)) is not None:
+                do(job)
+        except BaseException:
+            waiting.clear()  # whoever fails stops the others after what they have begun
+            raise
+
+    with ThreadPoolExecutor(max(1, others)) as helpers:
+        begun = [
+            helpers.submit(work, False, lambda job: there(job).result()) for _ in range(others)
+        ]
+        work(True, here)
+    for helper in begun:
+        helper.result()
+
+# %% ../nbs/06_train.ipynb #2af7e107
+def train_all(
+    names: Sequence[str],  # Of the networks; the first one trains in this process
+    run_dir: Path,  # Receives log.jsonl and checkpoints/<name>/
+    train: Callable[[str, Path], None],  # (name, folder); settles seeds and threads, calls `fit`
+    workers: int = 1,  # Processes
+    threads: int = 1,  # Of each process
+) -> None:
+    "Train the networks that are not finished, side by side where there are several workers."
+    todo = [n for n in names if not (run_dir / "checkpoints" / n / "final").exists()]
+    beside = workers > 1 and len(todo) > 1 and "RANK" not in os.environ
+
+    def place(name: str) -> Path:
+        part = run_dir / "parts" / name
+        return part if name != names[0] and (beside or part.exists()) else run_dir
+
+    others = min(workers, len(todo)) - 1 if beside else 0
+    options = {"initializer": begin_child, "initargs": (threads,)}
+    with ProcessPoolExecutor(max(1, others), get_context("spawn"), **options) as pool:
+        here = lambda name: train(name, place(name))  # noqa: E731
+        there = lambda name: pool.submit(train, name, place(name))  # noqa: E731
+        share_out(todo, here, there, others)
+    for name in todo:
+        if place(name) != run_dir:
+            collect(place(name), run_dir, name)
+
+# %% ../nbs/06_train.ipynb #ebc46f71
 def live_plot(
     *keys: str,  # Columns of the log to draw
 ) -> Callable:  # For `after_eval`

@@ -830,18 +830,19 @@ PRESETS["ablations"] = replace(
     train=replace(PRESETS["small"].train, steps=2000), evaluate=QUICK,
 )  # fmt: skip
 
-# %% ../../nbs/moe/30_data.ipynb #ff323a0d
+# %% ../../nbs/moe/30_data.ipynb #fc7212bd
 HEADLINE = ()
 METHOD = Method(
     name="moe",
     title="Mixture-of-experts transformer for motion in space",
     config=MoEConfig,
     presets=PRESETS,
-    stages=("data", "model"),
+    stages=("data", "model", "train"),
     headline=HEADLINE,
     notebooks={
         "data": "moe/30_data",
         "model": "moe/31_model",
+        "train": "moe/32_train",
     },
 )
 

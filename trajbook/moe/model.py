@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NORM_STEPS', 'Window', 'padding_of', 'to_window', 'features', 'to_patches', 'Routing', 'place_table', 'Router',
            'utilization', 'load_balance_loss', 'router_z_loss', 'balance', 'dense_experts', 'grouped_matmul',
-           'grouped_experts', 'within_capacity', 'Mixture', 'MixtureBlock', 'Trunk', 'RecurrentTrunk', 'fit_recurrence',
-           'response', 'Candidates', 'extrapolate', 'bounded', 'candidate', 'make_candidates', 'OwnHead', 'Combiner',
-           'DLinear', 'Outputs', 'MoEForecaster', 'Forecast', 'degrees_of_freedom', 'sample_errors', 't_log_density',
-           'forecast', 'Generation', 'generate', 'describe', 'active_parameters', 'step_memory_mb', 'run_stage']
+           'grouped_experts', 'within_capacity', 'Mixture', 'MixtureBlock', 'Trunk', 'RecurrentTrunk', 'lag_sums',
+           'fit_recurrence', 'response', 'Candidates', 'extrapolate', 'bounded', 'candidate', 'make_candidates',
+           'OwnHead', 'Combiner', 'DLinear', 'Outputs', 'MoEForecaster', 'Forecast', 'degrees_of_freedom',
+           'sample_errors', 't_log_density', 'forecast', 'Generation', 'generate', 'describe', 'active_parameters',
+           'step_memory_mb', 'run_stage']
 
 # %% ../../nbs/moe/31_model.ipynb #ef36748f
 import math
@@ -389,23 +390,36 @@ class RecurrentTrunk(nn.Module):
         x = self.embed(patches).masked_fill(is_padding[..., None], 0)
         return self.norm(self.gru(x)[0]), []
 
-# %% ../../nbs/moe/31_model.ipynb #a50343be
+# %% ../../nbs/moe/31_model.ipynb #e24a4a64
+def lag_sums(
+    x: Tensor,  # (B, T, D) float64, 0 where padded
+    most: int,  # Largest lag
+) -> Tensor:  # (B, most + 1, T + 1): sums over u < t of x[u] . x[u - k]
+    "Running sums of lagged products."
+    B, T, _ = x.shape
+    found = x.new_zeros(B, most + 1, T + 1)
+    for k in range(min(most + 1, T)):
+        found[:, k, k + 1 :] = (x[:, k:] * x[:, : T - k]).sum(-1)
+    return found.cumsum_(2)
+
+
 def fit_recurrence(
-    x: Tensor,  # (B, T, D) float64, centered, T > order
-    is_padding: Tensor,  # (B, T) at the beginning only
+    sums: Tensor,  # From `lag_sums`
+    first: Tensor,  # (B,) index of the first sample that is not padding
     order: int,  # Samples that decide the next one (p)
     ridge: float = 1e-14,  # Added to the diagonal, relative to its mean
 ) -> Tensor:  # (B, p) coefficients, those of the latest sample first
     "Least-squares linear recurrence of a window, the same for all axes."
-    rows = x.unfold(1, order + 1, 1)  # (B, T - p, D, p + 1)
-    rows = rows.masked_fill(is_padding[:, : rows.shape[1], None, None], 0.0)
-    past, now = rows[..., :-1].flip(-1).flatten(1, 2), rows[..., -1].flatten(1)
-    square = past.mT @ past
-    size = square.diagonal(dim1=1, dim2=2).mean(1)
-    damping = (ridge * size + 1e-30)[:, None] * torch.ones(order, dtype=x.dtype, device=x.device)
-    return torch.linalg.solve(
-        square + torch.diag_embed(damping), (past.mT @ now[..., None])[..., 0]
-    )
+    i = torch.arange(order + 1, device=sums.device)
+    lag, later = (i[:, None] - i).abs(), torch.minimum(i[:, None], i)
+    T = sums.shape[2] - 1
+    rows = torch.arange(len(sums), device=sums.device)[:, None, None]
+    start = ((first + order)[:, None, None] - later).clamp(0, T)
+    gram = sums[:, lag, T - later] - sums[rows, lag, start]  # (B, p + 1, p + 1)
+    square, right = gram[:, 1:, 1:], gram[:, 1:, 0]
+    size = square.diagonal(dim1=1, dim2=2).mean(1).clamp(min=0)
+    damping = (ridge * size + 1e-30)[:, None].expand(-1, order)
+    return torch.linalg.solve(square + torch.diag_embed(damping), right)
 
 
 def response(
@@ -452,15 +466,16 @@ def bounded(
     )
     return inside.nan_to_num(0.0, 0.0, 0.0)
 
-# %% ../../nbs/moe/31_model.ipynb #3caea7d4
+# %% ../../nbs/moe/31_model.ipynb #94aa6e1d
 def candidate(
     name: str,  # last, velocity, or ar and an order
     x: Tensor,  # (B, T, D) float64, centered, 0 where padded
-    is_padding: Tensor,  # (B, T)
+    n_valid: Tensor,  # (B,) samples that are not padding
+    sums: Tensor,  # From `lag_sums`
     horizon: int,
 ) -> tuple[Tensor, Tensor]:  # Forecast (B, H, D), and of the context's last H samples
     "A classical forecast, and the one that it would have made a horizon ago."
-    T, n_valid = x.shape[1], (~is_padding).sum(1)
+    T = x.shape[1]
     before, n_before = x[:, : max(1, T - horizon)], (n_valid - horizon).clamp(min=1)
     if name == "last":
         return x[:, -1:].expand(-1, horizon, -1), before[:, -1:].expand(-1, horizon, -1)
@@ -468,7 +483,7 @@ def candidate(
     order = int(name[2:]) if name != "velocity" else 0
     if not order or T <= max(2 * order, horizon + order):
         return line, line_before
-    weights = response(fit_recurrence(x, is_padding, order), horizon)
+    weights = response(fit_recurrence(sums, T - n_valid, order), horizon)
     found = weights @ x[:, -order:].flip(1)
     earlier = weights @ before[:, -order:].flip(1)
     enough = (n_valid >= 2 * order)[:, None, None]
@@ -482,16 +497,18 @@ def make_candidates(
 ) -> Candidates:
     "All candidates of a window."
     seen = ~window.is_padding[..., None]
-    n = seen.sum(1, keepdim=True).clamp(min=1)
-    center = window.values.sum(1, keepdim=True) / n
+    n_valid = seen.sum((1, 2))
+    center = window.values.sum(1, keepdim=True) / n_valid.clamp(min=1)[:, None, None]
     x = (window.values - center).masked_fill(~seen, 0.0)
-    reach, testable = 2 * x.norm(dim=-1).amax(1), seen.sum(1) > horizon
+    reach, testable = 2 * x.norm(dim=-1).amax(1), (n_valid > horizon)[:, None]
+    sums = lag_sums(x, max([int(n[2:]) for n in names if n[:2] == "ar"], default=0))
+    end = F.pad(x, (0, 0, max(0, horizon - x.shape[1]), 0))[:, -horizon:]
     forecasts, errors = [], []
     for name in names:
-        found, earlier = (bounded(v, reach) for v in candidate(name, x, window.is_padding, horizon))
+        made = candidate(name, x, n_valid, sums, horizon)
+        found, earlier = (bounded(v, reach) for v in made)
         forecasts.append(found + center)
-        last = F.pad(x, (0, 0, max(0, horizon - x.shape[1]), 0))[:, -horizon:]
-        errors.append((earlier - last).norm(dim=-1).masked_fill(~testable, 1.0))
+        errors.append((earlier - end).norm(dim=-1).masked_fill(~testable, 1.0))
     return Candidates(torch.stack(forecasts, 1).float(), torch.stack(errors, 1).float())
 
 # %% ../../nbs/moe/31_model.ipynb #bc82f2f6
