@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Parameters', 'REGISTER', 'TURN', 'GRAVITY', 'TASK_S', 'MOVES', 'EIGHT_PERIOD', 'EIGHT_START', 'FAMILIES', 'UNSEEN',
            'SPLITS', 'PARAMETERS', 'LANES', 'BLOCK', 'Router', 'CANDIDATES', 'DENSE', 'PLAIN', 'VARIANTS', 'SECONDS',
-           'MINUTES', 'QUICK', 'PRESETS', 'LETTER', 'HEADLINE', 'METHOD', 'Family', 'family', 'load_family',
+           'MINUTES', 'STEPS', 'QUICK', 'PRESETS', 'LETTER', 'HEADLINE', 'METHOD', 'Family', 'family', 'load_family',
            'axis_distance', 'helix', 'central_velocity', 'conserved_along', 'eccentric_anomaly', 'orbital_energy',
            'orbital_axes', 'orbit', 'lissajous_rates', 'harmonic_energy', 'lissajous', 'runge_kutta', 'on_attractor',
            'lorenz_slope', 'lorenz', 'minimum_jerk', 'robot', 'rossler_slope', 'rossler', 'thomas_slope', 'thomas',
@@ -29,7 +29,7 @@ from ..core import TrajbookError, rng
 from ..data import Field, Trajectories
 from ..run import Run, RunReader, stage
 
-# %% ../../nbs/moe/30_data.ipynb #86df9486
+# %% ../../nbs/moe/30_data.ipynb #c75261e1
 Parameters = Mapping[str, np.ndarray]  # Name to (n, 1, *shape)
 
 
@@ -42,11 +42,17 @@ class Family:
     ranges: Mapping[str, tuple]  # Name to (lowest, highest, *shape)
     held_out: Mapping[str, tuple] = field(default_factory=dict)  # Ranges that training never sees
     conserved: Callable | None = None  # (position, velocity, parameters) -> (n, T)
+    discrete: tuple[str, ...] = ()  # Numbers on which the motion does not depend smoothly
 
     @property
     def n_parameters(self) -> int:
         "How many numbers describe one motion."
         return sum(int(np.prod(shape)) for _, _, *shape in self.ranges.values())
+
+    def continuous(self) -> list[int]:
+        "Places of the numbers on which the motion depends smoothly."
+        owners = [n for n, (_, _, *s) in self.ranges.items() for _ in range(int(np.prod(s)))]
+        return [i for i, name in enumerate(owners) if name not in self.discrete]
 
     def parameters(
         self,
@@ -61,7 +67,7 @@ class Family:
             found[name], at = value.reshape(len(unit), 1, *shape), at + size
         return found
 
-# %% ../../nbs/moe/30_data.ipynb #c927d664
+# %% ../../nbs/moe/30_data.ipynb #37f4d110
 REGISTER: dict[str, Family] = {}
 
 
@@ -69,12 +75,13 @@ def family(
     name: str,
     held_out: Mapping[str, tuple] | None = None,  # Ranges that training never sees
     conserved: Callable | None = None,  # (position, velocity, parameters) -> (n, T)
+    discrete: tuple[str, ...] = (),  # Numbers on which the motion does not depend smoothly
     **ranges: tuple,  # Name to (lowest, highest, *shape)
 ) -> Callable[[Callable], Family]:
     "Decorator that makes a family of a function."
 
     def register(path: Callable) -> Family:
-        REGISTER[name] = Family(name, path, ranges, held_out or {}, conserved)
+        REGISTER[name] = Family(name, path, ranges, held_out or {}, conserved, discrete)
         return REGISTER[name]
 
     return register
@@ -97,7 +104,7 @@ def load_family(
         raise TrajbookError(f"{name!r} is a {type(found).__name__}, not a family of motions")
     return found
 
-# %% ../../nbs/moe/30_data.ipynb #ee2993b9
+# %% ../../nbs/moe/30_data.ipynb #c0a27083
 TURN = (0.0, 2 * np.pi)
 
 
@@ -111,7 +118,7 @@ def axis_distance(
 
 
 @family(
-    "helix", {"radius_m": (3.0, 4.0), "turns_per_s": (3.75, 5.0)}, axis_distance,
+    "helix", {"radius_m": (3.0, 4.0), "turns_per_s": (3.75, 5.0)}, axis_distance, ("hand",),
     radius_m=(1.0, 3.0), pitch_m=(0.2, 1.0), turns_per_s=(1.25, 3.75), phase_rad=TURN,
     hand=(-1.0, 1.0),
 )  # fmt: skip
@@ -265,7 +272,7 @@ def lorenz(p: Parameters, time_s: np.ndarray) -> np.ndarray:
     start = p["start"][:, 0].T + np.array([[0.0], [0.0], [25.0]])
     return on_attractor(lambda x: lorenz_slope(x, *numbers), start, time_s)
 
-# %% ../../nbs/moe/30_data.ipynb #1145baaa
+# %% ../../nbs/moe/30_data.ipynb #23253eee
 TASK_S = 1.6  # seconds in which all places are visited
 MOVES = 12  # places that are drawn beyond the first; more than can be reached in a window
 
@@ -276,7 +283,7 @@ def minimum_jerk(tau: np.ndarray) -> np.ndarray:
 
 
 @family(
-    "robot", {"places": (9.0, 12.0)},
+    "robot", {"places": (9.0, 12.0)}, discrete=("places",),
     places=(3.0, 9.0), place_m=(-1.0, 1.0, MOVES + 1, 3), pace=(0.7, 1.3, MOVES),
     rest=(0.0, 0.2, MOVES), begun=(0.0, 1.0), lift_m=(0.0, 0.5, MOVES),
 )  # fmt: skip
@@ -695,7 +702,7 @@ class EvaluateConfig:
     ar_orders: tuple[int, ...] = (4, 8, 16, 24, 32, 48)  # validation chooses
     ar_ridges: tuple[float, ...] = (1e-14, 1e-10, 1e-6, 1e-4)
 
-# %% ../../nbs/moe/30_data.ipynb #fe59029b
+# %% ../../nbs/moe/30_data.ipynb #5504c34b
 @dataclass(frozen=True)
 class VariantConfig:
     "One network and how it is trained."
@@ -711,9 +718,9 @@ PLAIN = {"model.candidates": ()}
 VARIANTS = {  # name: (what it changes, steps relative to the mixture's, what for)
     "moe": ({}, 1.0, "the mixture of experts"),
     "dense": (DENSE, 1.0, "equal active parameters, equal steps"),
-    "dense_time": (DENSE, 1.25, "equal active parameters, equal time"),
-    "gru": (PLAIN | {"model.architecture": "gru"}, 1.0, "a recurrent network"),
-    "dlinear": (PLAIN | {"model.architecture": "dlinear"}, 1.0, "one linear layer (Zeng 2023)"),
+    "dense_time": (DENSE, 1.45, "equal active parameters, equal time"),
+    "gru": (PLAIN | {"model.architecture": "gru"}, 3.0, "a recurrent network, equal time"),
+    "dlinear": (PLAIN | {"model.architecture": "dlinear"}, 3.0, "one linear layer (Zeng 2023)"),
     "plain": (PLAIN, 1.0, "the mixture without classical candidates"),
     "random_router": ({"model.router": "random"}, 1.0, "experts by position, not by content"),
     "frozen_router": ({"model.router": "frozen"}, 1.0, "a router that never learns"),
@@ -772,7 +779,7 @@ def variant(
     longer = replace(found.train, steps=max(1, round(steps * found.train.steps)))
     return replace(found, train=longer)
 
-# %% ../../nbs/moe/30_data.ipynb #31dfa8ce
+# %% ../../nbs/moe/30_data.ipynb #47eddb10
 def sized(
     n_layers: int, n_experts: int, d_model: int, d_ff: int, n_heads: int, **more
 ) -> ModelConfig:
@@ -783,12 +790,13 @@ def sized(
 
 SECONDS = {"eval_every": 20, "save_every": 20, "log_every": 5}
 MINUTES = {"eval_every": 500, "save_every": 500, "log_every": 50}
+STEPS = {"eval_every": 1000, "save_every": 1000, "log_every": 100}
 QUICK = EvaluateConfig(
     samples=6, best_of=(2, 6), sampled_windows=20, permutations=20, ar_orders=(4, 16),
     ar_ridges=(1e-14, 1e-4),
 )  # fmt: skip
 
-# %% ../../nbs/moe/30_data.ipynb #08afc756
+# %% ../../nbs/moe/30_data.ipynb #9cf6f587
 PRESETS = {
     "tiny": MoEConfig(
         data=DataConfig(n_val=60, n_test=120),
@@ -799,7 +807,7 @@ PRESETS = {
     "small": MoEConfig(
         preset="small", workers=2,
         model=sized(2, 4, 64, 128, 4),
-        train=TrainConfig(steps=6000, batch_size=64, lr=2e-3, **MINUTES),
+        train=TrainConfig(steps=5000, batch_size=64, lr=2e-3, **STEPS),
     ),
     "full": MoEConfig(
         preset="full", workers=4,
@@ -830,19 +838,20 @@ PRESETS["ablations"] = replace(
     train=replace(PRESETS["small"].train, steps=2000), evaluate=QUICK,
 )  # fmt: skip
 
-# %% ../../nbs/moe/30_data.ipynb #fc7212bd
+# %% ../../nbs/moe/30_data.ipynb #c83625f1
 HEADLINE = ()
 METHOD = Method(
     name="moe",
     title="Mixture-of-experts transformer for motion in space",
     config=MoEConfig,
     presets=PRESETS,
-    stages=("data", "model", "train"),
+    stages=("data", "model", "train", "evaluate"),
     headline=HEADLINE,
     notebooks={
         "data": "moe/30_data",
         "model": "moe/31_model",
         "train": "moe/32_train",
+        "evaluate": "moe/33_evaluate",
     },
 )
 

@@ -715,7 +715,7 @@ def t_log_density(
     norm = torch.lgamma((dof + D) / 2) - torch.lgamma(dof / 2) - D / 2 * torch.log(dof * math.pi)
     return norm - D * log_scale - (dof + D) / 2 * torch.log1p(z2 / dof)
 
-# %% ../../nbs/moe/31_model.ipynb #88795f18
+# %% ../../nbs/moe/31_model.ipynb #abb06ea4
 @torch.no_grad()
 def forecast(
     model: MoEForecaster,
@@ -725,14 +725,15 @@ def forecast(
     samples: int = 0,  # Futures to draw (S)
     temperature: float = 1.0,  # Times the scale
     generator: torch.Generator | None = None,  # On the CPU; None = torch's own
+    context: int | None = None,  # Most samples to look at; None = as trained
 ) -> Forecast:
     "Foretell all steps at once."
-    H, device = model.config.horizon, history.device
+    H, device, most = model.config.horizon, history.device, context or model.config.context
     horizon, dof = horizon or H, degrees_of_freedom(model.dof[0])
     n = torch.full((len(history),), history.shape[1], device=device) if n_valid is None else n_valid
     seen, means, scales, weights, spread = history.double(), [], [], [], 0.0
     while H * len(means) < horizon:
-        out = model(seen[:, -max(model.config.context, H) :], n.clamp(max=model.config.context))
+        out = model(seen[:, -most:], n.clamp(max=most))
         size = out.window.scale
         means.append(out.mean.double() * size + out.window.center)
         scales.append((spread + (out.log_scale.double().exp() * size[..., 0]).square()).sqrt())

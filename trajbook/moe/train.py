@@ -194,25 +194,27 @@ def family_usage(
         table.append(torch.stack([utilization(p) for p in parts]))
     return torch.stack(table).float().cpu().numpy() if table else np.zeros((0, n_families, 0))
 
-# %% ../../nbs/moe/32_train.ipynb #dc7d8bd8
+# %% ../../nbs/moe/32_train.ipynb #3bd75c8d
 def draw_losses(axes: Sequence, rows: list[dict], speed: float) -> None:
     "Losses, errors and the busiest expert, over the steps."
-    from trajbook.viz import legend, style
+    from trajbook.viz import style
 
     panels = {
-        "loss": ("loss", "val_loss"),
-        "validation error / spread": ("val_error", "val_own_error"),
-        "per sample": ("val_velocity_error", "val_acceleration_error"),
-        "share of the busiest expert": ("busiest_expert", "val_busiest_expert"),
+        "loss": {"loss": "training", "val_loss": "validation"},
+        "error / spread": {"val_error": "combined", "val_own_error": "own"},
+        "error per sample": {
+            "val_velocity_error": "velocity",
+            "val_acceleration_error": "acceleration",
+        },
+        "busiest expert": {"busiest_expert": "training", "val_busiest_expert": "validation"},
     }
     for ax, (title, keys) in zip(axes, panels.items(), strict=True):
-        for key in keys:
+        for key, label in keys.items():
             points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
             if points:
-                ax.plot(*zip(*points, strict=True), label=key.replace("_", " "), linewidth=1.4)
-        legend(
-            style(ax, title, "step" if "loss" not in title else f"step, {speed:,.0f} windows/s"), 1
-        )
+                ax.plot(*zip(*points, strict=True), label=label, linewidth=1.4)
+                ax.legend(frameon=False, fontsize=8)
+        style(ax, title, f"step, {speed:,.0f} windows/s" if title == "loss" else "step")
 
 
 def draw_usage(ax, usage: np.ndarray, families: Sequence[str]) -> None:
