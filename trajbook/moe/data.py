@@ -838,20 +838,21 @@ PRESETS["ablations"] = replace(
     train=replace(PRESETS["small"].train, steps=2000), evaluate=QUICK,
 )  # fmt: skip
 
-# %% ../../nbs/moe/30_data.ipynb #c83625f1
+# %% ../../nbs/moe/30_data.ipynb #a9d1f033
 HEADLINE = ()
 METHOD = Method(
     name="moe",
     title="Mixture-of-experts transformer for motion in space",
     config=MoEConfig,
     presets=PRESETS,
-    stages=("data", "model", "train", "evaluate"),
+    stages=("data", "model", "train", "evaluate", "experts"),
     headline=HEADLINE,
     notebooks={
         "data": "moe/30_data",
         "model": "moe/31_model",
         "train": "moe/32_train",
         "evaluate": "moe/33_evaluate",
+        "experts": "moe/34_experts",
     },
 )
 

@@ -390,7 +390,7 @@ class RecurrentTrunk(nn.Module):
         x = self.embed(patches).masked_fill(is_padding[..., None], 0)
         return self.norm(self.gru(x)[0]), []
 
-# %% ../../nbs/moe/31_model.ipynb #e24a4a64
+# %% ../../nbs/moe/31_model.ipynb #75be483b
 def lag_sums(
     x: Tensor,  # (B, T, D) float64, 0 where padded
     most: int,  # Largest lag
@@ -419,7 +419,7 @@ def fit_recurrence(
     square, right = gram[:, 1:, 1:], gram[:, 1:, 0]
     size = square.diagonal(dim1=1, dim2=2).mean(1).clamp(min=0)
     damping = (ridge * size + 1e-30)[:, None].expand(-1, order)
-    return torch.linalg.solve(square + torch.diag_embed(damping), right)
+    return torch.linalg.solve_ex(square + torch.diag_embed(damping), right)[0]  # may be infinite
 
 
 def response(
@@ -466,7 +466,7 @@ def bounded(
     )
     return inside.nan_to_num(0.0, 0.0, 0.0)
 
-# %% ../../nbs/moe/31_model.ipynb #94aa6e1d
+# %% ../../nbs/moe/31_model.ipynb #6e37acf0
 def candidate(
     name: str,  # last, velocity, or ar and an order
     x: Tensor,  # (B, T, D) float64, centered, 0 where padded
@@ -486,7 +486,7 @@ def candidate(
     weights = response(fit_recurrence(sums, T - n_valid, order), horizon)
     found = weights @ x[:, -order:].flip(1)
     earlier = weights @ before[:, -order:].flip(1)
-    enough = (n_valid >= 2 * order)[:, None, None]
+    enough = ((n_valid >= 2 * order) & weights.isfinite().all((1, 2)))[:, None, None]
     return torch.where(enough, found, line), torch.where(enough, earlier, line_before)
 
 
