@@ -8,7 +8,7 @@ __all__ = ['PATH_JS', 'BARS_JS', 'EXPERTS_JS', 'Choices', 'choices_of', 'entropy
            'viewer_state', 'ExpertViewer', 'usage_table', 'record_information', 'record_headline', 'record_knockouts',
            'draw_experts', 'run_stage', 'keep_for_viewer', 'viewer_of']
 
-# %% ../../nbs/moe/34_experts.ipynb #162fd7b1
+# %% ../../nbs/moe/34_experts.ipynb #8bad6199
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -33,7 +33,7 @@ from trajbook.moe.evaluate import (
 from .model import Mixture, MoEForecaster, Router
 from .train import fresh_model
 from ..run import Run, save_figure, stage
-from ..viz import PALETTE
+from ..viz import PALETTE, Picture, style
 from trajbook.widgets import (
     AXES_JS,
     BOX_JS,
@@ -388,11 +388,9 @@ def record_knockouts(
     run.record("evaluate.experts.knockout.mean", float(table.mean()), "1")
     return table
 
-# %% ../../nbs/moe/34_experts.ipynb #efe67ca8
+# %% ../../nbs/moe/34_experts.ipynb #db5af12f
 def draw_experts(usage: np.ndarray, knockout: np.ndarray, families: Sequence[str]):
     "Utilization by family, and what each family loses without each expert; one row per layer."
-    from trajbook.viz import Picture
-
     layers, _, E = usage.shape
     fig = Picture(figsize=(9, 0.6 + 2.4 * layers))
     for layer in range(layers):
@@ -441,7 +439,7 @@ def run_stage(cfg: MoEConfig, run: Run) -> None:
             )
             keep_for_viewer(run, cases, choices, usage, table)
 
-# %% ../../nbs/moe/34_experts.ipynb #18acbcc1
+# %% ../../nbs/moe/34_experts.ipynb #86f320e0
 def keep_for_viewer(
     run: Run, cases: Cases, choices: Choices, usage: np.ndarray, table: np.ndarray
 ) -> None:
@@ -449,9 +447,8 @@ def keep_for_viewer(
     at = [int(np.flatnonzero(cases.family == k)[0]) for k in range(len(cases.names))]
     path = np.concatenate([cases.context[at], cases.future[at]], 1).astype(np.float32)
     gate = choices.gate[:, at].transpose(1, 0, 2, 3).astype(np.float32)
-    run.save_arrays(
-        usage=usage.astype(np.float32), knockout=table.astype(np.float32), path=path, gate=gate
-    )
+    kept = {"usage": usage.astype(np.float32), "knockout": table.astype(np.float32)}
+    run.save_arrays(**kept, path=path, gate=gate, context=np.array([cases.context.shape[1]]))
 
 
 def viewer_of(
@@ -463,7 +460,5 @@ def viewer_of(
     "The viewer for a run."
     paths = dict(zip(families, arrays["path"], strict=True))
     gates = dict(zip(families, arrays["gate"], strict=True))
-    context = arrays["gate"].shape[2] * (arrays["path"].shape[1] // (arrays["gate"].shape[2] + 1))
-    return ExpertViewer(
-        paths, gates, arrays["usage"], families, context=context, dt_s=dt_s, title=title
-    )
+    options = {"context": int(arrays["context"][0]), "dt_s": dt_s, "title": title}
+    return ExpertViewer(paths, gates, arrays["usage"], families, **options)
