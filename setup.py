@@ -16,7 +16,7 @@ def words(key):
 
 
 extras = {k.removesuffix("_requirements"): words(k) for k in cfg if k.endswith("_requirements")}
-extras["all"] = sorted({r for k in ("env", "log", "data", "notebook") for r in extras[k]})
+extras["all"] = sorted({r for k in ("env", "log", "data", "notebook", "serve") for r in extras[k]})
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],

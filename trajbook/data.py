@@ -6,9 +6,9 @@
 __all__ = ['DTYPES', 'LEVELS', 'RESERVED', 'Schema', 'Fields', 'Arrays', 'FORMAT', 'WALK_SCHEMA', 'Field', 'make_schema',
            'Episode', 'Trajectories', 'assign_split', 'with_split', 'from_episodes', 'Windows', 'locate', 'Batches',
            'map_safetensors', 'save', 'open_trajectories', 'random_walk', 'generate', 'from_csv', 'from_numpy',
-           'to_parquet', 'from_parquet', 'from_minari', 'to_minari']
+           'to_parquet', 'from_parquet', 'column_names', 'from_minari', 'to_minari']
 
-# %% ../nbs/02_data.ipynb #a6428387
+# %% ../nbs/02_data.ipynb #1febcc83
 import csv
 import dataclasses
 import difflib
@@ -52,7 +52,7 @@ from trajbook.core import (
     write_json,
 )
 
-# %% ../nbs/02_data.ipynb #cf5b6305
+# %% ../nbs/02_data.ipynb #2219f649
 @dataclass(frozen=True)
 class Field:
     "One named array of a data set: its type, shape, unit and level."
@@ -71,7 +71,7 @@ class Field:
         object.__setattr__(self, "categories", tuple(self.categories))
         _check_field(self)
 
-# %% ../nbs/02_data.ipynb #2803e011
+# %% ../nbs/02_data.ipynb #5b741c9d
 DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split()
 LEVELS = ("step", "episode", "history")
 RESERVED = "is_padding sample_id episode history split step index n_steps".split()
@@ -92,7 +92,7 @@ def _check_field(f: Field) -> None:
         if found:
             raise TrajbookError(f"field {f.name!r}: {problem}")
 
-# %% ../nbs/02_data.ipynb #f1971830
+# %% ../nbs/02_data.ipynb #14e14025
 Schema = Mapping[str, Field]
 Fields = Iterable[Field] | Schema  # What users may give for a schema
 Arrays = Mapping[str, np.ndarray]
@@ -108,13 +108,13 @@ def make_schema(
         raise TrajbookError("a schema needs at least one step field, and no name twice")
     return schema
 
-# %% ../nbs/02_data.ipynb #a9ed464a
+# %% ../nbs/02_data.ipynb #fed65d59
 def _hint(name: str, known: Iterable[str]) -> str:
     "The nearest known name, or all of them."
     near = difflib.get_close_matches(name, list(known), 1)
     return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
 
-# %% ../nbs/02_data.ipynb #6a8d025d
+# %% ../nbs/02_data.ipynb #d368b40d
 def _check_names(names: Iterable[str], schema: Schema, where: object) -> None:
     "Every field must be there, and nothing else."
     names = set(names)
@@ -125,7 +125,7 @@ def _check_names(names: Iterable[str], schema: Schema, where: object) -> None:
             f"{where}: the schema has no field {extra[0]!r}; {_hint(extra[0], schema)}"
         )
 
-# %% ../nbs/02_data.ipynb #60ccb959
+# %% ../nbs/02_data.ipynb #fc2fa27b
 class _Where:
     "Says where a number came from."
 
@@ -139,14 +139,14 @@ class _Where:
         column = name + (f"[{', '.join(map(str, rest))}]" if rest else "")
         return f"{self}, row {row}, column {column!r}"
 
-# %% ../nbs/02_data.ipynb #809524bc
+# %% ../nbs/02_data.ipynb #c8863935
 def _refuse(bad: np.ndarray, values: np.ndarray, why: str, place: Callable[..., str]) -> None:
     "Names the first value that is marked as bad."
     if bad.any():
         at = tuple(int(i) for i in np.argwhere(bad)[0])
         raise TrajbookError(f"{place(*at)}: {values[at]} {why}")
 
-# %% ../nbs/02_data.ipynb #9d0953b4
+# %% ../nbs/02_data.ipynb #483c8b90
 def _cast(
     values: np.ndarray,  # (n, …) numbers of any width
     field: Field,  # What they shall become
@@ -165,7 +165,7 @@ def _cast(
         _refuse(out != values, values, f"does not fit {dtype}", place)
     return out
 
-# %% ../nbs/02_data.ipynb #c4024920
+# %% ../nbs/02_data.ipynb #f2b46b14
 def _rows(
     values: object,  # What the user gave for one field of one episode
     field: Field,
@@ -184,7 +184,7 @@ def _rows(
         )
     return _cast(values, field, partial(where.at, field.name))
 
-# %% ../nbs/02_data.ipynb #31b09b53
+# %% ../nbs/02_data.ipynb #8c3be35e
 def _count_steps(arrays: Arrays, schema: Schema, where: _Where) -> int:
     "The number of steps on which all step fields of an episode agree."
     steps = {n: len(arrays[n]) - f.final for n, f in schema.items() if f.level == "step"}
@@ -198,7 +198,7 @@ def _count_steps(arrays: Arrays, schema: Schema, where: _Where) -> int:
             )
     return n
 
-# %% ../nbs/02_data.ipynb #4d6225d5
+# %% ../nbs/02_data.ipynb #cfa87045
 def _check_end(arrays: Arrays, schema: Schema, where: _Where) -> None:
     "`terminated` and `truncated` may be true in the last step only."
     for name in {"terminated", "truncated"} & set(schema):
@@ -208,7 +208,7 @@ def _check_end(arrays: Arrays, schema: Schema, where: _Where) -> None:
                 "split the data into one episode for each ending"
             )
 
-# %% ../nbs/02_data.ipynb #df2447e6
+# %% ../nbs/02_data.ipynb #38b31fdb
 def _one_episode(
     episode: Mapping,
     schema: Schema,
@@ -228,7 +228,7 @@ def _one_episode(
             raise TrajbookError(f"{where}, column {name!r}: differs from the rest of its history")
     return arrays, n
 
-# %% ../nbs/02_data.ipynb #3a40faa4
+# %% ../nbs/02_data.ipynb #a5f6cc3f
 def _numbered(source: str = "", first: int = 0) -> Callable[[int, int | None], _Where]:
     "Places for items that have no other name than their number."
 
@@ -238,7 +238,7 @@ def _numbered(source: str = "", first: int = 0) -> Callable[[int, int | None], _
 
     return where
 
-# %% ../nbs/02_data.ipynb #9687cba4
+# %% ../nbs/02_data.ipynb #d7eb709a
 def _checked(
     item: Mapping | Iterable[Mapping],  # An episode, or a history
     schema: Schema,
@@ -252,7 +252,7 @@ def _checked(
         lead = lead or {k: v for k, v in arrays.items() if schema[k].level == "history"}
         yield arrays, n
 
-# %% ../nbs/02_data.ipynb #2acdabc3
+# %% ../nbs/02_data.ipynb #f70436e0
 def _pack(
     items: Iterable[Mapping | Iterable[Mapping]],  # Episodes, or lists of episodes (histories)
     schema: Schema,
@@ -276,7 +276,7 @@ def _pack(
     flat = {name: np.concatenate(p) for name, p in parts.items()}
     return flat | {name: np.array(c, np.int64) for name, c in counts.items()}
 
-# %% ../nbs/02_data.ipynb #f1196f39
+# %% ../nbs/02_data.ipynb #228a00af
 class _Shard:
     "Whole episodes as flat arrays in memory."
 
@@ -285,14 +285,14 @@ class _Shard:
         for values in arrays.values():
             values.setflags(write=False)
 
-# %% ../nbs/02_data.ipynb #dfbe90ac
+# %% ../nbs/02_data.ipynb #62659b5a
 def _counts(arrays: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Steps of each episode, episodes of each history, split of each episode."
     n_steps = np.array(arrays["_n_steps"], np.int64)
     per_history = np.array(arrays.get("_history", np.ones(len(n_steps))), np.int64)
     return n_steps, per_history, np.array(arrays.get("_split", np.zeros(len(n_steps))), np.uint8)
 
-# %% ../nbs/02_data.ipynb #5a4b0ad9
+# %% ../nbs/02_data.ipynb #c00fa383
 @dataclass(frozen=True, eq=False)
 class _Store:
     "Shards, and the integers from which the place of each of N episodes follows."
@@ -308,7 +308,7 @@ class _Store:
     provenance: dict
     fingerprint: str = ""  # empty until computed
 
-# %% ../nbs/02_data.ipynb #e897324a
+# %% ../nbs/02_data.ipynb #68b47316
 def _make_store(
     shards: Sequence,
     schema: Schema,
@@ -328,19 +328,19 @@ def _make_store(
         provenance=dict(provenance or {}), fingerprint=fingerprint,
     )  # fmt: skip
 
-# %% ../nbs/02_data.ipynb #2f8b1c34
+# %% ../nbs/02_data.ipynb #9c4b5116
 def _first_row(store: _Store, field: Field, episode: np.ndarray) -> np.ndarray:
     "The row at which episodes begin in a field, counted through all shards."
     if field.level == "history":
         return store.history[episode]
     return episode if field.level == "episode" else store.before[episode] + field.final * episode
 
-# %% ../nbs/02_data.ipynb #82ff6fa0
+# %% ../nbs/02_data.ipynb #deb0105b
 def _shard_of(store: _Store, episode: np.ndarray) -> np.ndarray:
     "The shard in which episodes lie."
     return np.searchsorted(store.edges, episode, side="right") - 1
 
-# %% ../nbs/02_data.ipynb #a7200258
+# %% ../nbs/02_data.ipynb #35a0cd4d
 def _take(
     store: _Store,
     field: Field,
@@ -357,7 +357,7 @@ def _take(
         out[mine] = flat.take(rows[mine] - first[s], axis=0, mode="clip")
     return out
 
-# %% ../nbs/02_data.ipynb #5976958a
+# %% ../nbs/02_data.ipynb #05a0ac1b
 class Episode(Mapping):
     "One episode: fields as `episode.obs` or `episode['obs']`, fetched when they are used."
 
@@ -396,7 +396,7 @@ class Episode(Mapping):
     def __repr__(self) -> str:
         return f"Episode({self.index}, {self.n_steps} steps, {', '.join(self)})"
 
-# %% ../nbs/02_data.ipynb #803ba843
+# %% ../nbs/02_data.ipynb #3500b9f6
 class Trajectories:
     "Ragged episodes with a schema; parts of it are views."
 
@@ -438,14 +438,14 @@ class Trajectories:
             f"fields: {', '.join(self.schema)}{'; ' + splits if splits else ''})"
         )
 
-# %% ../nbs/02_data.ipynb #6e71dd12
+# %% ../nbs/02_data.ipynb #87ff4a93
 def _field(data: Trajectories, name: str) -> Field:
     "The field, or an error with the nearest name."
     if name not in data.schema:
         raise TrajbookError(f"there is no field {name!r}; {_hint(name, data.schema)}")
     return data.schema[name]
 
-# %% ../nbs/02_data.ipynb #dc84d62d
+# %% ../nbs/02_data.ipynb #af20e6b4
 def _chunks(self: Trajectories, name: str) -> Iterator[np.ndarray]:
     "The rows of a field in order, in pieces; those of step fields are not copied."
     store, field, e = self._store, _field(self, name), self._index
@@ -463,7 +463,7 @@ def _chunks(self: Trajectories, name: str) -> Iterator[np.ndarray]:
 
 Trajectories.chunks = _chunks
 
-# %% ../nbs/02_data.ipynb #ecbaeca2
+# %% ../nbs/02_data.ipynb #4250ca30
 def _flat(data: Trajectories, name: str) -> np.ndarray:
     "All rows of a field; a view where they lie in one piece."
     pieces, field = list(_chunks(data, name)), _field(data, name)
@@ -471,7 +471,7 @@ def _flat(data: Trajectories, name: str) -> np.ndarray:
         return pieces[0]
     return np.concatenate(pieces) if pieces else np.empty((0, *field.shape), field.dtype)
 
-# %% ../nbs/02_data.ipynb #e5c6f776
+# %% ../nbs/02_data.ipynb #62862bf8
 def _offsets(self: Trajectories, name: str) -> np.ndarray:  # (N+1,)
     "The first row of each episode in `self[name]`."
     field = _field(self, name)
@@ -481,7 +481,7 @@ def _offsets(self: Trajectories, name: str) -> np.ndarray:  # (N+1,)
 
 Trajectories.offsets = _offsets
 
-# %% ../nbs/02_data.ipynb #d5f1b9d5
+# %% ../nbs/02_data.ipynb #10e51652
 def _labels(self) -> Arrays:
     "Episode fields, and history fields repeated per episode: name -> (N, …)."
     store, e = self._store, self._index
@@ -491,12 +491,12 @@ def _labels(self) -> Arrays:
 
 Trajectories.labels = property(_labels)
 
-# %% ../nbs/02_data.ipynb #58b3b9c1
+# %% ../nbs/02_data.ipynb #8722aedd
 def _history_id(self) -> np.ndarray:
     "(N,) position in `histories` of each episode."
     return np.unique(self._store.history[self._index], return_inverse=True)[1]
 
-# %% ../nbs/02_data.ipynb #770b3174
+# %% ../nbs/02_data.ipynb #b09e5fde
 def _histories(self) -> list[Trajectories]:
     "One part per learning history, its episodes in order."
     ids = _history_id(self)
@@ -507,7 +507,7 @@ def _histories(self) -> list[Trajectories]:
 
 Trajectories.histories = property(_histories)
 
-# %% ../nbs/02_data.ipynb #447537aa
+# %% ../nbs/02_data.ipynb #adf1d78c
 def assign_split(
     n: int,  # Number of items
     fractions: Mapping[str, float],  # Such as {"train": 0.8, "val": 0.1, "test": 0.1}
@@ -530,7 +530,7 @@ def assign_split(
     dealt[rng(seed, "split").permutation(len(units))] = np.repeat(list(sizes), list(sizes.values()))
     return dealt[unit]
 
-# %% ../nbs/02_data.ipynb #c1dd89c2
+# %% ../nbs/02_data.ipynb #0a74843b
 def _split_codes(
     split: Sequence[str] | Mapping[str, float] | None, n: int, seed: int
 ) -> tuple[tuple[str, ...], np.ndarray]:  # Names in order of appearance, (n,) codes
@@ -545,7 +545,7 @@ def _split_codes(
         )
     return names, np.array([names.index(str(s)) for s in items], np.uint8)
 
-# %% ../nbs/02_data.ipynb #52f729ba
+# %% ../nbs/02_data.ipynb #f90c8f5d
 def with_split(
     self: Trajectories,
     split: Sequence[str] | Mapping[str, float],  # (H,) names, one per history, or fractions
@@ -563,7 +563,7 @@ def with_split(
 
 Trajectories.with_split = with_split
 
-# %% ../nbs/02_data.ipynb #8a2a9bfc
+# %% ../nbs/02_data.ipynb #0e4c6580
 def _split(self: Trajectories, name: str) -> Trajectories:
     "The episodes of one split, such as `train`."
     splits = self._store.splits
@@ -575,7 +575,7 @@ def _split(self: Trajectories, name: str) -> Trajectories:
 
 Trajectories.split = _split
 
-# %% ../nbs/02_data.ipynb #3b0a73e7
+# %% ../nbs/02_data.ipynb #a1cb974a
 def _splits(self: Trajectories) -> dict[str, int]:
     "Number of episodes by name of the split."
     splits = self._store.splits
@@ -585,7 +585,7 @@ def _splits(self: Trajectories) -> dict[str, int]:
 
 Trajectories.splits = property(_splits)
 
-# %% ../nbs/02_data.ipynb #12ab9033
+# %% ../nbs/02_data.ipynb #cf6b7ab2
 def from_episodes(
     episodes: Iterable[Mapping | Iterable[Mapping]],  # Dictionaries, or lists of them: histories
     schema: Fields,
@@ -605,7 +605,7 @@ def from_episodes(
 
 Trajectories.from_episodes = staticmethod(from_episodes)
 
-# %% ../nbs/02_data.ipynb #2c9b0552
+# %% ../nbs/02_data.ipynb #b7b9803c
 class Windows:
     "Windows of equal length over ragged episodes: pairs (episode, start), and a way to gather them."
 
@@ -641,14 +641,14 @@ class Windows:
             setattr(part, name, getattr(self, name)[which])
         return part
 
-# %% ../nbs/02_data.ipynb #512ddf56
+# %% ../nbs/02_data.ipynb #701d349d
 def _window_counts(n: np.ndarray, length: int, stride: int, whole: bool) -> np.ndarray:
     "Number of windows of each episode."
     if whole:
         return np.maximum((n - length) // stride, -1) + 1
     return np.maximum(-(-(n - length) // stride), 0) + 1
 
-# %% ../nbs/02_data.ipynb #04ffc39d
+# %% ../nbs/02_data.ipynb #dd0dfb80
 def _history_runs(data: Trajectories) -> tuple[np.ndarray, np.ndarray]:  # First episodes, steps
     "Where histories begin and how many steps they have; their episodes must lie together."
     ids = data._store.history[data._index]
@@ -658,7 +658,7 @@ def _history_runs(data: Trajectories) -> tuple[np.ndarray, np.ndarray]:  # First
         raise TrajbookError("windows by history need whole histories with their episodes in order")
     return first, np.add.reduceat(data.n_steps, first) if len(first) else data.n_steps
 
-# %% ../nbs/02_data.ipynb #49d46012
+# %% ../nbs/02_data.ipynb #afb4519e
 def _windows(self: Trajectories, length: int, *more, **options) -> Windows:
     "Cut into windows; the arguments are those of `Windows`."
     return Windows(self, length, *more, **options)
@@ -666,7 +666,7 @@ def _windows(self: Trajectories, length: int, *more, **options) -> Windows:
 
 Trajectories.windows = _windows
 
-# %% ../nbs/02_data.ipynb #2e759883
+# %% ../nbs/02_data.ipynb #7b6daba1
 def _gather(
     self: Windows,
     which: Sequence[int] | np.ndarray,  # (B,) window numbers
@@ -685,7 +685,7 @@ def _gather(
 
 Windows.gather = _gather
 
-# %% ../nbs/02_data.ipynb #8a2b95c8
+# %% ../nbs/02_data.ipynb #7291fb95
 def _window_rows(
     windows: Windows,
     name: str,
@@ -707,7 +707,7 @@ def _window_rows(
     out[padding] = 0
     return out
 
-# %% ../nbs/02_data.ipynb #5fc25f1a
+# %% ../nbs/02_data.ipynb #0204eeb4
 def locate(self: Trajectories, sample_id: int) -> tuple[int, int]:  # Episode in the whole, step
     "Where in the whole data set the window with this id begins."
     before = self._store.before
@@ -717,7 +717,7 @@ def locate(self: Trajectories, sample_id: int) -> tuple[int, int]:  # Episode in
 
 Trajectories.locate = locate
 
-# %% ../nbs/02_data.ipynb #fec202a5
+# %% ../nbs/02_data.ipynb #a886d7b4
 def _batches(
     self: Windows,
     batch_size: int,
@@ -730,7 +730,7 @@ def _batches(
 
 Windows.batches = _batches
 
-# %% ../nbs/02_data.ipynb #af303a82
+# %% ../nbs/02_data.ipynb #16bf79bb
 class Batches:
     "An endless, resumable stream of batches; the order is a pure function of (seed, epoch)."
 
@@ -776,7 +776,7 @@ class Batches:
         self.step += 1
         return self.windows.gather(self.indices(self.step - 1), self.names)
 
-# %% ../nbs/02_data.ipynb #f61c5a2f
+# %% ../nbs/02_data.ipynb #cb52abc2
 def _state_dict(self: Batches) -> dict:
     "The position, and what it is a position in."
     state = {"step": self.step, "windows": len(self.windows), "batch_size": self.batch_size}
@@ -785,7 +785,7 @@ def _state_dict(self: Batches) -> dict:
 
 Batches.state_dict = _state_dict
 
-# %% ../nbs/02_data.ipynb #9ada3e43
+# %% ../nbs/02_data.ipynb #00844991
 def _load_state_dict(self: Batches, state: dict) -> None:
     "Continue at a saved position."
     for name, value in self.state_dict().items():
@@ -796,7 +796,7 @@ def _load_state_dict(self: Batches, state: dict) -> None:
 
 Batches.load_state_dict = _load_state_dict
 
-# %% ../nbs/02_data.ipynb #9cd6b6cb
+# %% ../nbs/02_data.ipynb #9491d5fe
 _CODES = {"BOOL": "bool", "F16": "float16", "F32": "float32", "F64": "float64"}
 _CODES |= {f"{c[0].upper()}{c.strip('uint')}": c for c in DTYPES if "int" in c}
 
@@ -808,7 +808,7 @@ def _array_at(memory: mmap.mmap, start: int, tensor: dict) -> np.ndarray:
         return np.empty(shape, dtype)
     return np.ndarray(shape, dtype, memory, start + tensor["data_offsets"][0])
 
-# %% ../nbs/02_data.ipynb #4fb1c0a9
+# %% ../nbs/02_data.ipynb #e6769a35
 def map_safetensors(
     path: str | Path,  # A safetensors file
 ) -> Arrays:  # Read-only arrays that live on the disk
@@ -825,7 +825,7 @@ def map_safetensors(
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
         raise TrajbookError(f"{path} is damaged: {e}") from e
 
-# %% ../nbs/02_data.ipynb #83b490de
+# %% ../nbs/02_data.ipynb #ded979b8
 class _FileShard:
     "Whole episodes in a file, mapped when they are used."
 
@@ -836,17 +836,17 @@ class _FileShard:
     def arrays(self) -> Arrays:
         return _mapped(self)
 
-# %% ../nbs/02_data.ipynb #42368c9d
+# %% ../nbs/02_data.ipynb #e66c3984
 @lru_cache(maxsize=64)
 def _mapped(shard: _FileShard) -> Arrays:
     return map_safetensors(shard.path)
 
-# %% ../nbs/02_data.ipynb #397621bd
+# %% ../nbs/02_data.ipynb #da0bfa17
 def _schema_rows(schema: Schema) -> list[dict]:
     "A schema as JSON can hold it."
     return [dataclasses.asdict(f) for f in schema.values()]
 
-# %% ../nbs/02_data.ipynb #4c92d975
+# %% ../nbs/02_data.ipynb #5e1108ca
 def _fingerprint(self) -> str:  # 64 hexadecimal digits
     "SHA-256 of the content: schema, splits and all numbers, whatever the shards."
     s = self._store
@@ -866,7 +866,7 @@ def _fingerprint(self) -> str:  # 64 hexadecimal digits
 
 Trajectories.fingerprint = property(_fingerprint)
 
-# %% ../nbs/02_data.ipynb #8d8d0962
+# %% ../nbs/02_data.ipynb #984f9a3f
 def _episode_bytes(data: Trajectories) -> np.ndarray:  # (N,)
     "Size of each episode."
     size = np.zeros(len(data))
@@ -875,7 +875,7 @@ def _episode_bytes(data: Trajectories) -> np.ndarray:  # (N,)
         size += rows * np.prod(f.shape) * np.dtype(f.dtype).itemsize
     return size
 
-# %% ../nbs/02_data.ipynb #818fe8de
+# %% ../nbs/02_data.ipynb #178974a2
 def _shard_cuts(data: Trajectories, shard_mb: float) -> list[tuple[int, int]]:
     "First and last+1 episode of each shard, so that none is larger than asked if it can be helped."
     ids = _history_id(data) if data._store.nested else np.arange(len(data))
@@ -889,7 +889,7 @@ def _shard_cuts(data: Trajectories, shard_mb: float) -> list[tuple[int, int]]:
         used += size
     return list(pairwise([*cuts, len(data)]))
 
-# %% ../nbs/02_data.ipynb #f6dc6a62
+# %% ../nbs/02_data.ipynb #f241f51f
 def _shard_arrays(part: Trajectories) -> Arrays:
     "Everything that a shard holds: the fields, and the index arrays."
     s = part._store
@@ -901,14 +901,14 @@ def _shard_arrays(part: Trajectories) -> Arrays:
         arrays["_history"] = np.bincount(_history_id(part))
     return arrays
 
-# %% ../nbs/02_data.ipynb #e93bd225
+# %% ../nbs/02_data.ipynb #fba900a9
 def _write_shard(part: Trajectories, file: Path) -> dict:
     "One shard, and its row in `dataset.json`."
     atomic_write(file, safetensors_bytes(_shard_arrays(part)))
     row = {"file": file.name, "bytes": file.stat().st_size, "episodes": len(part)}
     return row | {"steps": int(part.n_steps.sum()), "sha256": sha256_file(file)}
 
-# %% ../nbs/02_data.ipynb #7fd10324
+# %% ../nbs/02_data.ipynb #e830c8d5
 FORMAT = 1  # version of the folder layout; a newer one is refused
 
 
@@ -935,7 +935,7 @@ def save(
 
 Trajectories.save = save
 
-# %% ../nbs/02_data.ipynb #a91f7101
+# %% ../nbs/02_data.ipynb #7d37296e
 def _check_shard(arrays: Arrays, schema: Schema, row: dict) -> None:
     "Types, shapes and row counts of a shard against the schema and `dataset.json`."
     n_steps, per_history, code = _counts(arrays)
@@ -950,7 +950,7 @@ def _check_shard(arrays: Arrays, schema: Schema, row: dict) -> None:
         if arrays[name].shape != shape or arrays[name].dtype != f.dtype:
             raise ValueError(f"field {name!r} has not the type and shape of the schema")
 
-# %% ../nbs/02_data.ipynb #2a870052
+# %% ../nbs/02_data.ipynb #209cf33f
 def _open_shard(folder: Path, row: dict, schema: Schema, verify: bool) -> _FileShard:
     "One shard, after all checks."
     shard = _FileShard(folder / row["file"])
@@ -964,7 +964,7 @@ def _open_shard(folder: Path, row: dict, schema: Schema, verify: bool) -> _FileS
         raise TrajbookError(f"{shard.path} is damaged: {e}") from e
     return shard
 
-# %% ../nbs/02_data.ipynb #42b09dbc
+# %% ../nbs/02_data.ipynb #18f2a109
 def _read_schema(rows: list[dict], source: object) -> Schema:
     "A stored schema; a mistake names the file."
     try:
@@ -972,7 +972,7 @@ def _read_schema(rows: list[dict], source: object) -> Schema:
     except TrajbookError as e:
         raise TrajbookError(f"{source}: {e}") from e
 
-# %% ../nbs/02_data.ipynb #e7629f38
+# %% ../nbs/02_data.ipynb #e875a4b4
 def _open_store(folder: Path, head: dict, verify: bool) -> _Store:
     "Everything that `dataset.json` promises."
     if head["format"] > FORMAT:
@@ -987,7 +987,7 @@ def _open_store(folder: Path, head: dict, verify: bool) -> _Store:
         raise ValueError("episodes or splits do not add up")
     return store
 
-# %% ../nbs/02_data.ipynb #d433e289
+# %% ../nbs/02_data.ipynb #d4c4bba1
 def open_trajectories(
     path: str | Path,  # The folder that `save` or `generate` wrote
     verify: bool = False,  # Read every byte and compare the hashes
@@ -1008,7 +1008,7 @@ def open_trajectories(
 
 Trajectories.open = staticmethod(open_trajectories)
 
-# %% ../nbs/02_data.ipynb #3682a4b1
+# %% ../nbs/02_data.ipynb #213399a0
 WALK_SCHEMA = make_schema(
     [
         Field("obs", shape=(2,), unit="m", final=True, description="position"),
@@ -1017,7 +1017,7 @@ WALK_SCHEMA = make_schema(
     ]
 )
 
-# %% ../nbs/02_data.ipynb #fe5d22ca
+# %% ../nbs/02_data.ipynb #36bf044d
 def random_walk(
     config: Mapping,  # {"max_steps": 50}
     seed: int,
@@ -1030,7 +1030,7 @@ def random_walk(
     obs = np.concatenate([np.zeros((1, 2)), np.cumsum(action, axis=0)])
     return {"obs": obs, "action": action, "step_size": size}
 
-# %% ../nbs/02_data.ipynb #13554cbe
+# %% ../nbs/02_data.ipynb #3f03ae0b
 @dataclass(frozen=True)
 class _Job:
     "What is made; every worker gets a copy."
@@ -1049,7 +1049,7 @@ class _Job:
         plan |= {"version": trajbook.__version__, "config": config, "n": int(n)}
         return json.loads(json.dumps(plan, default=str))
 
-# %% ../nbs/02_data.ipynb #92cd1c0f
+# %% ../nbs/02_data.ipynb #00202a02
 def _make_piece(
     job: _Job, items: range, file: Path, tick: Callable[[int], object] | None = None
 ) -> int:  # Number of items made
@@ -1067,7 +1067,7 @@ def _make_piece(
     atomic_write(file, safetensors_bytes(packed))
     return len(items)
 
-# %% ../nbs/02_data.ipynb #a6060f6f
+# %% ../nbs/02_data.ipynb #d6cade9d
 def _die_with_parent() -> None:
     "Ends this worker when the process that started it is gone."
     parent = multiprocessing.parent_process()
@@ -1078,7 +1078,7 @@ def _die_with_parent() -> None:
 
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/02_data.ipynb #39c51156
+# %% ../nbs/02_data.ipynb #f0d3e1f4
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
     "Sets environment variables for what is started inside the block."
@@ -1090,7 +1090,7 @@ def _environment(**values: str) -> Iterator[None]:
         for name, value in old.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
-# %% ../nbs/02_data.ipynb #4b7a866e
+# %% ../nbs/02_data.ipynb #1f870a84
 def _run_tasks(tasks: list[tuple], workers: int, tick: Callable[[int], object]) -> None:
     "Make the pieces here, or on fresh processes."
     if workers == 1 or len(tasks) < 2:
@@ -1112,7 +1112,7 @@ def _run_tasks(tasks: list[tuple], workers: int, tick: Callable[[int], object]) 
         finally:
             pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/02_data.ipynb #42fc1719
+# %% ../nbs/02_data.ipynb #6d5a65cd
 def _check_importable(make_episode: Callable) -> None:
     "Fresh processes must be able to find the function."
     module = sys.modules.get(make_episode.__module__)
@@ -1123,7 +1123,7 @@ def _check_importable(make_episode: Callable) -> None:
             "move it to the top level of a module, or use workers=1"
         )
 
-# %% ../nbs/02_data.ipynb #5763c500
+# %% ../nbs/02_data.ipynb #b3f47c03
 def _start_work(work: Path, stamp: dict) -> None:
     "An empty working folder, or the one of an earlier run with the same plan."
     stamp = json.loads(json.dumps(stamp))
@@ -1131,13 +1131,13 @@ def _start_work(work: Path, stamp: dict) -> None:
         shutil.rmtree(work, ignore_errors=True)
         write_json(work / "plan.json", stamp)
 
-# %% ../nbs/02_data.ipynb #344ed680
+# %% ../nbs/02_data.ipynb #8678cffa
 def _code_of(make_episode: Callable) -> str:
     "Hash of the file that defines the generator."
     file = getattr(sys.modules.get(make_episode.__module__), "__file__", None)
     return sha256_file(file) if file and Path(file).exists() else ""
 
-# %% ../nbs/02_data.ipynb #f3f6b440
+# %% ../nbs/02_data.ipynb #42262bfa
 def _is_whole(file: Path) -> bool:
     "Whether an earlier run finished this piece."
     try:
@@ -1145,7 +1145,7 @@ def _is_whole(file: Path) -> bool:
     except TrajbookError:
         return False
 
-# %% ../nbs/02_data.ipynb #de3d66e9
+# %% ../nbs/02_data.ipynb #d6c6f2be
 def _make_pieces(job: _Job, n: int, size: int, work: Path, workers: int, desc: str) -> list[Path]:
     "All pieces, in order; those that are there already are kept."
     pieces = {
@@ -1159,7 +1159,7 @@ def _make_pieces(job: _Job, n: int, size: int, work: Path, workers: int, desc: s
         _run_tasks(tasks, workers, bar.update)
     return list(pieces)
 
-# %% ../nbs/02_data.ipynb #43b62e27
+# %% ../nbs/02_data.ipynb #5287d1ed
 def _open_same(path: Path, plan: dict, schema: Schema, split: list[str]) -> Trajectories:
     "A finished data set, if it is what is being asked for."
     data = open_trajectories(path)
@@ -1176,7 +1176,7 @@ def _open_same(path: Path, plan: dict, schema: Schema, split: list[str]) -> Traj
             )
     return data
 
-# %% ../nbs/02_data.ipynb #8a6bd76b
+# %% ../nbs/02_data.ipynb #f0ad9114
 def generate(
     make_episode: Callable,  # (config, seed, index) -> episode, or list of episodes (a history)
     n: int,  # Number of items
@@ -1213,7 +1213,7 @@ def generate(
 
 Trajectories.generate = staticmethod(generate)
 
-# %% ../nbs/02_data.ipynb #98e2a667
+# %% ../nbs/02_data.ipynb #2d2cf27a
 def _columns_of(
     schema: Schema,
     columns: Mapping[str, str | Sequence[str]] | None = None,  # Names that differ from the default
@@ -1230,7 +1230,7 @@ def _columns_of(
         found[name] = np.array(given, object).reshape(field.shape)
     return found
 
-# %% ../nbs/02_data.ipynb #32fd9150
+# %% ../nbs/02_data.ipynb #690a8a13
 @dataclass
 class _Table:
     "A table that was read but not yet understood."
@@ -1255,7 +1255,7 @@ class _Table:
         if empty.any():
             raise TrajbookError(f"{self.place(rows[np.argmax(empty)], column)}: the cell is empty")
 
-# %% ../nbs/02_data.ipynb #14653bca
+# %% ../nbs/02_data.ipynb #2565e4c1
 def _parser(field: Field) -> Callable[[str], float]:
     "What turns a cell of text into a number: name of a category, true/false, integer or float."
     if field.categories:
@@ -1268,7 +1268,7 @@ def _parser(field: Field) -> Callable[[str], float]:
         return lambda text: int(text) if short(text) else float(text)
     return float
 
-# %% ../nbs/02_data.ipynb #f45678d4
+# %% ../nbs/02_data.ipynb #e480de36
 def _numbers(table: _Table, column: str, field: Field, rows: np.ndarray) -> np.ndarray:
     "One column at some rows, as numbers."
     raw, numbers = table.need(column)[rows], []
@@ -1286,7 +1286,7 @@ def _numbers(table: _Table, column: str, field: Field, rows: np.ndarray) -> np.n
             raise TrajbookError(f"{table.place(i, column)}: {text!r} is {wanted}") from None
     return np.array(numbers)
 
-# %% ../nbs/02_data.ipynb #d3bb2a06
+# %% ../nbs/02_data.ipynb #bf65428f
 def _cut_rows(table: _Table, column: str | None) -> np.ndarray:  # (N+1,) first row of each group
     "Where the value of a column changes; each value must stand in one piece."
     n, seen = len(table.row), set()
@@ -1304,7 +1304,7 @@ def _cut_rows(table: _Table, column: str | None) -> np.ndarray:  # (N+1,) first 
         seen.add(names[i])
     return np.append(starts, n)
 
-# %% ../nbs/02_data.ipynb #19717fdb
+# %% ../nbs/02_data.ipynb #8e06fde4
 def _check_time(values: np.ndarray, name: str, where: _Where) -> None:
     "Time must grow from row to row inside an episode."
     t = _cast(np.asarray(values), Field("time", "float64"), partial(where.at, name))
@@ -1313,7 +1313,7 @@ def _check_time(values: np.ndarray, name: str, where: _Where) -> None:
         row = int(stuck[0]) + 1
         raise TrajbookError(f"{where.at(name, row)}: time goes from {t[row - 1]} to {t[row]}")
 
-# %% ../nbs/02_data.ipynb #8fe93d34
+# %% ../nbs/02_data.ipynb #b42a848c
 def _check_unread(table: _Table, column: str, field: Field, first: int, unread: np.ndarray) -> None:
     "Cells that are not read must be empty; a label may also be repeated."
     raw, wrong = table.values[column], ~table.missing[column][unread]
@@ -1326,7 +1326,7 @@ def _check_unread(table: _Table, column: str, field: Field, first: int, unread: 
             why = f"{raw[at]!r} differs from {raw[first]!r} above, but it is a label"
         raise TrajbookError(f"{table.place(at, column)}: {why}")
 
-# %% ../nbs/02_data.ipynb #abe4c6f2
+# %% ../nbs/02_data.ipynb #eb2383d4
 def _cells(
     table: _Table,
     columns: np.ndarray,  # Names, in the shape of the field
@@ -1342,7 +1342,7 @@ def _cells(
     cells = np.stack(cells, axis=1).reshape(n, *field.shape)
     return cells if field.level == "step" else cells[0]
 
-# %% ../nbs/02_data.ipynb #45f03bdb
+# %% ../nbs/02_data.ipynb #e610f5ed
 class _InTable(_Where):
     "Says where in the rows and columns of a file."
 
@@ -1354,7 +1354,7 @@ class _InTable(_Where):
         column = self.columns[name][rest] if name in self.columns else name
         return self.table.place(self.first + row, column)
 
-# %% ../nbs/02_data.ipynb #22d002f3
+# %% ../nbs/02_data.ipynb #1002c995
 def _table_items(
     table: _Table,
     schema: Schema,
@@ -1372,7 +1372,7 @@ def _table_items(
         items.append({n: _cells(table, names[n], f, rows, has_final) for n, f in schema.items()})
     return items, places
 
-# %% ../nbs/02_data.ipynb #fe11d235
+# %% ../nbs/02_data.ipynb #f3fc866f
 def _from_table(
     table: _Table, schema: Fields, columns: Mapping | None = None, episode: str | None = "episode",
     history: str | None = None, split: str | None = None, time: str | None = None,
@@ -1395,7 +1395,7 @@ def _from_table(
         where=lambda i, j: places[first[i] + (j or 0)],
     )  # fmt: skip
 
-# %% ../nbs/02_data.ipynb #95803420
+# %% ../nbs/02_data.ipynb #803b9a3a
 def _csv_rows(path: Path, delimiter: str) -> list[tuple[int, list[str]]]:
     "Number and cells of every row that is not empty."
     try:
@@ -1407,7 +1407,7 @@ def _csv_rows(path: Path, delimiter: str) -> list[tuple[int, list[str]]]:
     except (OSError, UnicodeDecodeError) as e:
         raise TrajbookError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
 
-# %% ../nbs/02_data.ipynb #7c388966
+# %% ../nbs/02_data.ipynb #33bf6689
 def _read_csv(path: Path, delimiter: str) -> _Table:
     "All cells as text; rows must have as many cells as the header."
     rows = _csv_rows(path, delimiter)
@@ -1425,7 +1425,7 @@ def _read_csv(path: Path, delimiter: str) -> _Table:
     values = dict(zip(header, np.array(cells, object).T, strict=True))
     return _Table(str(path), values, {c: v == "" for c, v in values.items()}, np.array(numbers))
 
-# %% ../nbs/02_data.ipynb #32afcb2e
+# %% ../nbs/02_data.ipynb #8640d445
 def from_csv(
     path: str | Path,
     schema: Fields,
@@ -1445,7 +1445,7 @@ def from_csv(
 
 Trajectories.from_csv = staticmethod(from_csv)
 
-# %% ../nbs/02_data.ipynb #0ef04abe
+# %% ../nbs/02_data.ipynb #e608bbd1
 def _load_numpy(path: Path) -> Arrays | np.ndarray:
     "The arrays of a `.npz` or `.npy` file."
     try:
@@ -1454,7 +1454,7 @@ def _load_numpy(path: Path) -> Arrays | np.ndarray:
     except Exception as e:  # numpy raises a different type for each kind of damage
         raise TrajbookError(f"cannot read {path}: {e}") from e
 
-# %% ../nbs/02_data.ipynb #6cb4b734
+# %% ../nbs/02_data.ipynb #47bb519d
 def _per_episode(
     values: np.ndarray | Sequence, field: Field, lengths: np.ndarray | None, source: str
 ) -> list[np.ndarray]:  # One array per episode
@@ -1475,7 +1475,7 @@ def _per_episode(
         )
     return [v[: n + field.final] for v, n in zip(values, lengths, strict=True)]
 
-# %% ../nbs/02_data.ipynb #d4fb7c64
+# %% ../nbs/02_data.ipynb #10fd6fff
 def _named_arrays(arrays: object, schema: Schema) -> tuple[dict, str]:
     "Arrays by name, and what to call them in messages."
     source = "arrays"
@@ -1485,7 +1485,7 @@ def _named_arrays(arrays: object, schema: Schema) -> tuple[dict, str]:
         arrays = {next(n for n, f in schema.items() if f.level == "step"): arrays}
     return dict(arrays), source
 
-# %% ../nbs/02_data.ipynb #81332375
+# %% ../nbs/02_data.ipynb #9ceaaec5
 def _without_helpers(
     arrays: dict,
     schema: Schema,
@@ -1504,7 +1504,7 @@ def _without_helpers(
     lengths = None if lengths is None else np.asarray(lengths).astype(int)
     return {k: v for k, v in arrays.items() if k in schema or k not in keys}, lengths, times
 
-# %% ../nbs/02_data.ipynb #89020810
+# %% ../nbs/02_data.ipynb #c23b2c80
 def from_numpy(
     arrays: str | Path | np.ndarray | Mapping,  # File, or field -> (N, T, …) or list of (T, …)
     schema: Fields,
@@ -1532,7 +1532,7 @@ def from_numpy(
 
 Trajectories.from_numpy = staticmethod(from_numpy)
 
-# %% ../nbs/02_data.ipynb #803b8127
+# %% ../nbs/02_data.ipynb #29f9fd25
 def _optional(module: str, install: str):
     "An optional library, or a sentence that says how to get it."
     try:
@@ -1540,13 +1540,13 @@ def _optional(module: str, install: str):
     except ImportError as e:
         raise TrajbookError(f"this needs {module.split('.')[0]}: pip install {install}") from e
 
-# %% ../nbs/02_data.ipynb #7807324c
+# %% ../nbs/02_data.ipynb #8b83a82f
 def _note(data: Trajectories) -> dict:
     "What other formats have no place for: our schema, provenance, histories and splits."
     note = {"format": FORMAT, "schema": _schema_rows(data.schema), "provenance": data.provenance}
     return note | {"nested": data._store.nested, "splits": list(data._store.splits)}
 
-# %% ../nbs/02_data.ipynb #8956d7b3
+# %% ../nbs/02_data.ipynb #ee65e577
 def _table_columns(
     part: Trajectories, first: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
@@ -1571,7 +1571,7 @@ def _table_columns(
             out[column] = (values.reshape(len(row), -1)[:, j], null)
     return out
 
-# %% ../nbs/02_data.ipynb #bd1a96b8
+# %% ../nbs/02_data.ipynb #917220c3
 def to_parquet(
     self: Trajectories,
     path: str | Path,  # One file
@@ -1599,7 +1599,7 @@ def to_parquet(
 
 Trajectories.to_parquet = to_parquet
 
-# %% ../nbs/02_data.ipynb #9a0e096d
+# %% ../nbs/02_data.ipynb #fab0236c
 def _flat_columns(name: str, column, path: Path) -> dict[str, object]:
     "A column of equally long lists as columns name_0, name_1, …"
     if "list" not in str(column.type):
@@ -1610,7 +1610,7 @@ def _flat_columns(name: str, column, path: Path) -> dict[str, object]:
     flat, n = column.flatten(), width.pop()
     return {f"{name}_{j}": flat[j::n] for j in range(n)}
 
-# %% ../nbs/02_data.ipynb #b1743e3b
+# %% ../nbs/02_data.ipynb #7c9b0423
 def _column_values(column) -> np.ndarray:
     "A column as NumPy sees it; a null becomes 0, so that integers stay integers."
     kind = str(column.type)
@@ -1618,7 +1618,7 @@ def _column_values(column) -> np.ndarray:
         column = column.fill_null(False if kind == "bool" else 0)
     return np.asarray(column.to_numpy(zero_copy_only=False))
 
-# %% ../nbs/02_data.ipynb #4456092e
+# %% ../nbs/02_data.ipynb #6373d84c
 def _read_parquet(path: Path) -> tuple[_Table, dict]:  # The table, our note if there is one
     "All columns with masks of their null cells."
     parquet, columns = _optional("pyarrow.parquet", "pyarrow"), {}
@@ -1635,7 +1635,7 @@ def _read_parquet(path: Path) -> tuple[_Table, dict]:  # The table, our note if 
     note = json.loads((raw.schema.metadata or {}).get(b"trajbook", b"{}"))
     return _Table(str(path), values, missing, np.arange(1, raw.num_rows + 1)), note
 
-# %% ../nbs/02_data.ipynb #4a281940
+# %% ../nbs/02_data.ipynb #c2966621
 def from_parquet(
     path: str | Path,
     schema: Fields | None = None,  # None: the one in the file
@@ -1656,7 +1656,15 @@ def from_parquet(
 
 Trajectories.from_parquet = staticmethod(from_parquet)
 
-# %% ../nbs/02_data.ipynb #caaf08a1
+# %% ../nbs/02_data.ipynb #31d548db
+def column_names(path: Path) -> list[str]:
+    "Header of a CSV or Parquet file."
+    if path.suffix == ".parquet":
+        return _optional("pyarrow.parquet", "pyarrow").read_schema(path).names
+    with path.open(encoding="utf-8") as f:
+        return [name.strip() for name in f.readline().split(",")]
+
+# %% ../nbs/02_data.ipynb #d18bf35f
 _MINARI = {"reward": "rewards", "terminated": "terminations", "truncated": "truncations"}
 
 
@@ -1668,13 +1676,13 @@ def _leaves(name: str, value: object) -> Arrays:
         return {k: v for key in value for k, v in _leaves(f"{name}_{key}", value[key]).items()}
     return {name: np.asarray(value)}
 
-# %% ../nbs/02_data.ipynb #2c351615
+# %% ../nbs/02_data.ipynb #e9428fb1
 def _minari_arrays(episode) -> Arrays:
     "The step fields of an episode, by our names."
     arrays = _leaves("obs", episode.observations) | _leaves("action", episode.actions)
     return arrays | {ours: np.asarray(getattr(episode, k)) for ours, k in _MINARI.items()}
 
-# %% ../nbs/02_data.ipynb #553c4b97
+# %% ../nbs/02_data.ipynb #705271a3
 def _minari_schema(arrays: Arrays) -> Schema:
     "A schema for somebody else's episode."
     fields = []
@@ -1684,7 +1692,7 @@ def _minari_schema(arrays: Arrays) -> Schema:
         fields.append(Field(name, dtype, values.shape[1:], final=final))
     return make_schema(fields)
 
-# %% ../nbs/02_data.ipynb #632058ba
+# %% ../nbs/02_data.ipynb #efdea6a2
 def _minari_dataset(dataset: object):
     "A `MinariDataset`, from its id or the folder that holds it."
     minari = _optional("minari", '"minari[hdf5]"')
@@ -1699,7 +1707,7 @@ def _minari_dataset(dataset: object):
     except Exception as e:  # minari raises what its storage raises
         raise TrajbookError(f"cannot read the Minari data set {dataset}: {e}") from e
 
-# %% ../nbs/02_data.ipynb #90a3c13e
+# %% ../nbs/02_data.ipynb #d6ab3440
 def from_minari(
     dataset: object,  # A `MinariDataset`, its id, or the folder that holds it
     *,
@@ -1726,7 +1734,7 @@ def from_minari(
 
 Trajectories.from_minari = staticmethod(from_minari)
 
-# %% ../nbs/02_data.ipynb #99cc706d
+# %% ../nbs/02_data.ipynb #3d6face4
 def _space(gym, field: Field):
     "The Gymnasium space of one row of a field."
     if field.categories and not field.shape:
@@ -1737,7 +1745,7 @@ def _space(gym, field: Field):
     bounds = (-np.inf, np.inf) if dtype.kind == "f" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
     return gym.spaces.Box(*bounds, shape=field.shape, dtype=dtype.type)
 
-# %% ../nbs/02_data.ipynb #0ad755d9
+# %% ../nbs/02_data.ipynb #990da720
 def _parts(schema: Schema, name: str) -> dict[str, str]:  # Key in Minari -> field
     "The field `obs`, or the fields `obs_<key>`; the same for `action`."
     if name in schema:
@@ -1745,12 +1753,12 @@ def _parts(schema: Schema, name: str) -> dict[str, str]:  # Key in Minari -> fie
     wanted = (k for k, f in schema.items() if f.level == "step" and k.startswith(f"{name}_"))
     return {k.removeprefix(f"{name}_"): k for k in wanted}
 
-# %% ../nbs/02_data.ipynb #af3cd36a
+# %% ../nbs/02_data.ipynb #0e8856b8
 def _joined(parts: Mapping[str, str], get: Callable) -> object:
     "A single value, or a dictionary of them."
     return get(parts[""]) if "" in parts else {key: get(k) for key, k in parts.items()}
 
-# %% ../nbs/02_data.ipynb #00903202
+# %% ../nbs/02_data.ipynb #65ac4b2e
 def _minari_buffer(episode: Episode, schema: Schema, make: Callable) -> object:
     "One episode as Minari wants it."
     n, obs, action = episode.n_steps, _parts(schema, "obs"), _parts(schema, "action")
@@ -1769,7 +1777,7 @@ def _minari_buffer(episode: Episode, schema: Schema, make: Callable) -> object:
         truncations=get("truncated", last & ~terminated), infos={k: get(k) for k in rest} or None,
     )  # fmt: skip
 
-# %% ../nbs/02_data.ipynb #f31beae8
+# %% ../nbs/02_data.ipynb #35a74c13
 def _minari_spaces(path: Path, schema: Schema) -> dict:
     "Both spaces, if the schema has what Minari needs and the path is free."
     gym, spaces = _optional("gymnasium", "gymnasium"), {}
@@ -1785,7 +1793,7 @@ def _minari_spaces(path: Path, schema: Schema) -> dict:
         spaces[name] = gym.spaces.Dict(space) if isinstance(space, dict) else space
     return spaces
 
-# %% ../nbs/02_data.ipynb #6c5a25b4
+# %% ../nbs/02_data.ipynb #f4220631
 def to_minari(
     self: Trajectories,
     path: str | Path,  # Folder of the new data set; must not exist

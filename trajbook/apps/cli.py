@@ -8,12 +8,12 @@ __all__ = ['Method', 'Pairs', 'RunName', 'Runs', 'Data', 'Device', 'ENDINGS', 'C
            'show_summary', 'list_row', 'runs_table', 'pick_run', 'stages_table', 'describe_run', 'RunsCommand',
            'evaluate_again', 'EvalCommand', 'ConfigCommand', 'import_or_explain', 'CompareCommand', 'PublishCommand',
            'BenchCommand', 'method_word', 'read_trajectories', 'check_ending', 'write_vectors', 'EmbedCommand',
-           'finished_run', 'DemoCommand', 'Finding', 'examine', 'requirements', 'examine_requirement', 'try_physics',
-           'try_rendering', 'try_python', 'try_gpu', 'try_program', 'try_folder', 'try_method', 'diagnose',
-           'DoctorCommand', 'VersionCommand', 'dotted_as_set', 'repeat_option', 'sentence', 'show_examples', 'parse',
-           'report', 'main']
+           'ForecastCommand', 'ServeCommand', 'DeployCommand', 'finished_run', 'DemoCommand', 'Finding', 'examine',
+           'requirements', 'examine_requirement', 'try_physics', 'try_rendering', 'try_python', 'try_gpu',
+           'try_program', 'try_folder', 'try_method', 'diagnose', 'DoctorCommand', 'VersionCommand', 'dotted_as_set',
+           'repeat_option', 'sentence', 'show_examples', 'parse', 'report', 'main']
 
-# %% ../../nbs/apps/64_cli.ipynb #64c1e5c0
+# %% ../../nbs/apps/64_cli.ipynb #b4313d81
 import contextlib
 import importlib
 import importlib.metadata
@@ -69,7 +69,7 @@ from trajbook.run import (
     versions,
 )
 
-# %% ../../nbs/apps/64_cli.ipynb #b7309826
+# %% ../../nbs/apps/64_cli.ipynb #c0331e5a
 def read_seeds(text: str) -> list[int]:  # "0,2,5" or "0-4"
     "Seeds in the order given."
     seeds: list[int] = []
@@ -81,7 +81,7 @@ def read_seeds(text: str) -> list[int]:  # "0,2,5" or "0-4"
         seeds += range(first, last + 1)
     return seeds
 
-# %% ../../nbs/apps/64_cli.ipynb #4cdf47e5
+# %% ../../nbs/apps/64_cli.ipynb #ef8e2f47
 def read_duration(text: str) -> float | None:  # Seconds; None for ""
     "A duration such as 90, 90s, 30m or 2h."
     if not text:
@@ -90,7 +90,7 @@ def read_duration(text: str) -> float | None:  # Seconds; None for ""
         raise TrajbookError(f"--time-limit {text!r}: write a duration as 90s, 30m or 2h")
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
-# %% ../../nbs/apps/64_cli.ipynb #04a0269a
+# %% ../../nbs/apps/64_cli.ipynb #08ed0fdd
 def read_overrides(pairs: Sequence[str]) -> dict[str, Any]:  # Dotted field -> value
     "The fields that `--set` changes."
     found: dict[str, Any] = {}
@@ -104,7 +104,7 @@ def read_overrides(pairs: Sequence[str]) -> dict[str, Any]:  # Dotted field -> v
             raise TrajbookError(f"--set {pair!r}: the value is no valid JSON") from None
     return found
 
-# %% ../../nbs/apps/64_cli.ipynb #9791f679
+# %% ../../nbs/apps/64_cli.ipynb #11f2f66e
 @dataclass(frozen=True)
 class Command:
     "What every command can do."
@@ -116,7 +116,7 @@ class Command:
         "Print for a person, or the plain value for a program."
         print(json.dumps(plain, indent=1, default=str) if self.json else text)
 
-# %% ../../nbs/apps/64_cli.ipynb #7a2c5883
+# %% ../../nbs/apps/64_cli.ipynb #79a5aa80
 Method = Annotated[str, arg(metavar="METHOD")]
 Pairs = Annotated[tuple[str, ...], arg(metavar="FIELD=VALUE")]
 RunName = Annotated[str, arg(metavar="RUN")]
@@ -124,7 +124,7 @@ Runs = Annotated[tuple[str, ...], arg(metavar="RUN…")]
 Data = Annotated[str, arg(metavar="DATA")]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
-# %% ../../nbs/apps/64_cli.ipynb #bff9fd3e
+# %% ../../nbs/apps/64_cli.ipynb #ec475b7d
 @dataclass(frozen=True)
 class RunCommand(Command):
     "Run a method, or all of them, for one or several seeds."
@@ -154,7 +154,7 @@ class RunCommand(Command):
     def __call__(self) -> None:
         run_methods(self)
 
-# %% ../../nbs/apps/64_cli.ipynb #73f0592d
+# %% ../../nbs/apps/64_cli.ipynb #932578c8
 def run_methods(options: RunCommand) -> None:
     "Do what `trajbook run` asks for."
     chosen = methods() if options.method == "all" else (options.method,)
@@ -170,7 +170,7 @@ def run_methods(options: RunCommand) -> None:
     if options.json:
         options.show("", found if options.method == "all" else found[0])
 
-# %% ../../nbs/apps/64_cli.ipynb #c7c35a85
+# %% ../../nbs/apps/64_cli.ipynb #25221b9e
 def run_from(
     options: RunCommand,
     method: str,
@@ -191,7 +191,7 @@ def run_from(
         jobs=options.jobs, time_limit_s=time_limit_s, isolate=not options.in_process, **again,
     )  # fmt: skip
 
-# %% ../../nbs/apps/64_cli.ipynb #4c1d2174
+# %% ../../nbs/apps/64_cli.ipynb #f3807c85
 def run_row(run: RunReader) -> dict:
     "What there is to say about a run in one row."
     stages = run.info.get("stages", {}).values()
@@ -199,7 +199,7 @@ def run_row(run: RunReader) -> dict:
     row = {"run": run.label, "preset": run.info["preset"], "seed": run.info["seed"]}
     return row | {"stages": run.status(), "wall_s": wall, "folder": str(run.dir)}
 
-# %% ../../nbs/apps/64_cli.ipynb #0da4a860
+# %% ../../nbs/apps/64_cli.ipynb #2aeafe80
 def summary(method: str, folders: Sequence[Path]) -> dict:  # method, runs, metrics, folders
     "The runs in these folders and their numbers, as means over seeds."
     runs = [RunReader(f) for f in folders if (f / "run.json").exists()]  # else paused at once
@@ -209,7 +209,7 @@ def summary(method: str, folders: Sequence[Path]) -> dict:  # method, runs, metr
     plain = {"method": method, "runs": [run_row(r) for r in runs], "metrics": metrics}
     return plain | {"folders": [str(f) for f in folders]}
 
-# %% ../../nbs/apps/64_cli.ipynb #a2308a85
+# %% ../../nbs/apps/64_cli.ipynb #d22e7ca8
 def show_summary(plain: dict, patterns: Sequence[str]) -> None:
     "Print where the results are, and the numbers whose keys match."
     print("\n".join(f"results: {f}" for f in plain["folders"]))
@@ -217,7 +217,7 @@ def show_summary(plain: dict, patterns: Sequence[str]) -> None:
     if table.rows:
         print(f"\n{table}\n")
 
-# %% ../../nbs/apps/64_cli.ipynb #0a681255
+# %% ../../nbs/apps/64_cli.ipynb #a3042b80
 def list_row(folder: Path) -> dict:
     "A run as a row of the list, also if it cannot be read."
     try:
@@ -225,7 +225,7 @@ def list_row(folder: Path) -> dict:
     except TrajbookError as e:
         return {"run": "/".join(folder.parts[-3:]), "folder": str(folder), "error": str(e)}
 
-# %% ../../nbs/apps/64_cli.ipynb #5bae990a
+# %% ../../nbs/apps/64_cli.ipynb #75e2c4f7
 def runs_table(rows: Sequence[dict]) -> Table:
     "Runs with the state of their stages."
 
@@ -237,7 +237,7 @@ def runs_table(rows: Sequence[dict]) -> Table:
     lines = [(i, r["run"], state(r), show_seconds(r.get("wall_s", 0))) for i, r in enumerate(rows)]
     return Table(("", "run", "state", "time"), lines)
 
-# %% ../../nbs/apps/64_cli.ipynb #0cafaa9a
+# %% ../../nbs/apps/64_cli.ipynb #17b67216
 def pick_run() -> Path:
     "Ask for one of the runs."
     folders = all_runs()
@@ -250,7 +250,7 @@ def pick_run() -> Path:
         raise TrajbookError(f"{answer!r} is no number between 0 and {len(folders) - 1}")
     return folders[int(answer)]
 
-# %% ../../nbs/apps/64_cli.ipynb #ce049c5b
+# %% ../../nbs/apps/64_cli.ipynb #53ae4a91
 def stages_table(run: RunReader) -> Table:
     "The stages of a run: state, time, memory, error."
     rows = []
@@ -263,7 +263,7 @@ def stages_table(run: RunReader) -> Table:
         rows.append((stage, state, *cost, error))
     return Table(("stage", "state", "time", "memory", ""), rows)
 
-# %% ../../nbs/apps/64_cli.ipynb #a4f2d641
+# %% ../../nbs/apps/64_cli.ipynb #2895378c
 def describe_run(run: RunReader) -> tuple[str, dict]:  # For a person, for a program
     "All that is known about one run."
     found = run.results() if run.path("results.json").exists() else {}
@@ -272,7 +272,7 @@ def describe_run(run: RunReader) -> tuple[str, dict]:  # For a person, for a pro
     text += f"\n\n{headline}" if headline.rows else ""
     return text, {**run_row(run), "info": run.info, "metrics": found}
 
-# %% ../../nbs/apps/64_cli.ipynb #fc3f1e1c
+# %% ../../nbs/apps/64_cli.ipynb #c2492ac6
 @dataclass(frozen=True)
 class RunsCommand(Command):
     "List runs, show one, or print the folder of one."
@@ -296,7 +296,7 @@ class RunsCommand(Command):
             folder = pick_run() if self.action == "pick" else find_run(self.run)
             self.show(folder, {"folder": str(folder)})
 
-# %% ../../nbs/apps/64_cli.ipynb #77603178
+# %% ../../nbs/apps/64_cli.ipynb #773e14fe
 def evaluate_again(run: RunReader) -> None:
     "Repeat the evaluation of a run in the same folder, unless today's code has done it."
     if "evaluate" not in run.status():
@@ -309,7 +309,7 @@ def evaluate_again(run: RunReader) -> None:
     with environment(child_environment(run.cfg.threads, None)):
         run_seed(Job(run.method, run.cfg, run.dir, Lines()), ["evaluate"])
 
-# %% ../../nbs/apps/64_cli.ipynb #1b56b633
+# %% ../../nbs/apps/64_cli.ipynb #dfe43269
 @dataclass(frozen=True)
 class EvalCommand(Command):
     "Evaluate a trained run again if its code has changed since, and show all its numbers."
@@ -324,7 +324,7 @@ class EvalCommand(Command):
         plain = summary(runs[0].method, [run.dir for run in runs])
         self.show(metric_table(plain["metrics"]), plain)
 
-# %% ../../nbs/apps/64_cli.ipynb #aeecb562
+# %% ../../nbs/apps/64_cli.ipynb #e986d266
 @dataclass(frozen=True)
 class ConfigCommand(Command):
     "List every field of a method's config with its value in a preset."
@@ -338,7 +338,7 @@ class ConfigCommand(Command):
         rows = [(k, json.dumps(v)) for k, v in flat(plain).items()]
         self.show(Table(("field", "value"), rows), plain)
 
-# %% ../../nbs/apps/64_cli.ipynb #9a21c0b1
+# %% ../../nbs/apps/64_cli.ipynb #ddba8e03
 def import_or_explain(name: str) -> ModuleType:
     "Import a module; a library that is not installed is named."
     try:
@@ -348,7 +348,7 @@ def import_or_explain(name: str) -> ModuleType:
             f"{name} needs {e.name}, which is not installed; `trajbook doctor` says how to get it"
         ) from e
 
-# %% ../../nbs/apps/64_cli.ipynb #b46ca561
+# %% ../../nbs/apps/64_cli.ipynb #5f448544
 @dataclass(frozen=True)
 class CompareCommand(Command):
     "Compare runs or published results number by number; the first is the reference."
@@ -368,7 +368,7 @@ class CompareCommand(Command):
         lines = [str(found.table()), *(f"written: {f}" for f in files)]
         self.show("\n".join(lines), found.to_dict())
 
-# %% ../../nbs/apps/64_cli.ipynb #1355741f
+# %% ../../nbs/apps/64_cli.ipynb #e2bfc824
 @dataclass(frozen=True)
 class PublishCommand(Command):
     "Join the seeds of a run into data/results; refuses code that is not committed."
@@ -380,7 +380,7 @@ class PublishCommand(Command):
         path = publish(self.runs)
         self.show(f"published: {path}", {"file": str(path)})
 
-# %% ../../nbs/apps/64_cli.ipynb #a90bd3f3
+# %% ../../nbs/apps/64_cli.ipynb #4a068f17
 @dataclass(frozen=True)
 class BenchCommand(Command):
     "Measure the speed of a method against other implementations, on one thread."
@@ -398,7 +398,7 @@ class BenchCommand(Command):
             chapter.write_bench(found)
         self.show("" if self.json else chapter.bench_table(found), found)
 
-# %% ../../nbs/apps/64_cli.ipynb #efe93721
+# %% ../../nbs/apps/64_cli.ipynb #b516a5e3
 def method_word(
     method: str,
     module: str,  # Module of the method, such as "model"
@@ -415,7 +415,7 @@ def method_word(
         raise TrajbookError(f"{method} cannot do this: {name} has no function {word!r}")
     return getattr(home, word)
 
-# %% ../../nbs/apps/64_cli.ipynb #196bf1eb
+# %% ../../nbs/apps/64_cli.ipynb #df937351
 def read_trajectories(method: str, path: Path) -> Any:  # Trajectories
     "A dataset folder, or a file in the columns of the method."
     from trajbook.data import Trajectories
@@ -426,7 +426,7 @@ def read_trajectories(method: str, path: Path) -> Any:  # Trajectories
         return Trajectories.open(path)
     return method_word(method, "data", "read_file")(path)
 
-# %% ../../nbs/apps/64_cli.ipynb #77eacda8
+# %% ../../nbs/apps/64_cli.ipynb #05e57c69
 ENDINGS = (".npy", ".csv", ".safetensors")
 
 
@@ -436,7 +436,7 @@ def check_ending(path: Path) -> Path:
         raise TrajbookError(f"cannot write {path.name}: its name must end in {', '.join(ENDINGS)}")
     return path
 
-# %% ../../nbs/apps/64_cli.ipynb #0f30552c
+# %% ../../nbs/apps/64_cli.ipynb #1e7e6cb8
 def write_vectors(path: Path, arrays: dict[str, Any]) -> None:
     "Write arrays as .npy (one array), .csv (one array of rows) or .safetensors."
     import numpy as np
@@ -456,7 +456,7 @@ def write_vectors(path: Path, arrays: dict[str, Any]) -> None:
         np.savetxt(out, first.reshape(len(first), -1), delimiter=",")
     atomic_write(path, out.getvalue())
 
-# %% ../../nbs/apps/64_cli.ipynb #5841b90f
+# %% ../../nbs/apps/64_cli.ipynb #2b2f9654
 @dataclass(frozen=True)
 class EmbedCommand(Command):
     "Turn trajectories into vectors with a trained model."
@@ -482,7 +482,84 @@ class EmbedCommand(Command):
         said = ", ".join(f"{k} {tuple(v)}" for k, v in shapes.items())
         self.show(f"{said} written to {out}", {"file": str(out), "shapes": shapes})
 
-# %% ../../nbs/apps/64_cli.ipynb #8346aa04
+# %% ../../nbs/apps/64_cli.ipynb #a94bbdd3
+@dataclass(frozen=True)
+class ForecastCommand(Command):
+    "Foretell trajectories with a trained model."
+
+    EXAMPLES = ("trajbook forecast moe/small my_motions.csv --horizon 50 --out futures.csv",)
+    run: Positional[RunName]  # latest, METHOD, METHOD/NAME, METHOD/NAME/seed-K or a path
+    data: Positional[Data]  # Dataset folder, or a CSV, Parquet or NumPy file
+    horizon: int = 0  # Samples to come, 0 = as the model was trained
+    out: str = "forecast.safetensors"  # .npy or .csv (means only) or .safetensors
+    checkpoint: str = ""  # Such as moe/best
+    device: Device = "auto"
+
+    def __call__(self) -> None:
+        run, out = open_run(self.run), check_ending(Path(self.out))
+        foretell = method_word(run.method, "model", "foretell")
+        name = self.checkpoint or method_word(run.method, "model", "DEFAULT_CHECKPOINT")
+        folder, data = run.checkpoint(name), read_trajectories(run.method, Path(self.data))
+        load = import_or_explain("trajbook.checkpoint").load
+        found = foretell(load(folder, device=pick_device(self.device)), data, self.horizon or None)
+        arrays = found if out.suffix == ".safetensors" else {"mean": found["mean"]}
+        write_vectors(out, arrays)
+        shapes = {k: list(v.shape) for k, v in arrays.items()}
+        said = ", ".join(f"{k} {tuple(v)}" for k, v in shapes.items())
+        self.show(f"{said} written to {out}", {"file": str(out), "shapes": shapes})
+
+# %% ../../nbs/apps/64_cli.ipynb #0e004317
+@dataclass(frozen=True)
+class ServeCommand(Command):
+    "Serve a trained model over HTTP until stopped; `/` is a page to try it."
+
+    EXAMPLES = (
+        "trajbook serve moe/small",
+        "trajbook serve moe --port 8080 --device auto",
+        "TRAJBOOK_API_KEY=secret trajbook serve moe/small --host 0.0.0.0",
+    )
+    run: Positional[RunName] = "moe"  # A run, or the folder of a checkpoint
+    host: str = "127.0.0.1"  # 0.0.0.0 = reachable from other machines; set TRAJBOOK_API_KEY then
+    port: int = 8080
+    device: Device = "auto"
+    checkpoint: str = ""  # Such as moe/best
+    batching: bool = True  # Answer requests that wait together in one pass
+    max_queue: int = 256  # Requests that may wait; beyond, the answer is 429
+    threads: int = 1  # Threads of numerical libraries
+
+    def __call__(self) -> None:
+        chapter = import_or_explain("trajbook.apps.serve")
+        options = {k: getattr(self, k) for k in ("checkpoint", "batching", "max_queue", "threads")}
+        key = os.environ.get("TRAJBOOK_API_KEY", "")
+        chapter.serve(self.run, self.host, self.port, self.device, api_key=key, **options)
+
+# %% ../../nbs/apps/64_cli.ipynb #add20733
+@dataclass(frozen=True)
+class DeployCommand(Command):
+    "Write a folder that serves a trained model without trajbook."
+
+    EXAMPLES = (
+        "trajbook deploy moe/small my-forecaster",
+        "trajbook deploy moe/small small-bf16 --precision bf16",
+    )
+    run: Positional[RunName]  # A run, or the folder of a checkpoint
+    name: Positional[str]  # Of the deployment
+    out: str = ""  # Folder to make; default: deployments/NAME in the runs folder
+    checkpoint: str = ""  # Such as moe/best
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: int = 1  # Threads of the server's numerical library
+
+    def __call__(self) -> None:
+        chapter = import_or_explain("trajbook.apps.deploy")
+        options = {k: getattr(self, k) for k in ("checkpoint", "precision", "threads")}
+        folder = chapter.deploy(self.run, self.name, self.out, **options)
+        lines = [f"written: {p}" for p in sorted(folder.iterdir())]
+        self.show(
+            "\n".join([*lines, f"start it: python {folder}/start_server.py"]),
+            {"folder": str(folder)},
+        )
+
+# %% ../../nbs/apps/64_cli.ipynb #a7cab931
 def finished_run(method: str) -> RunReader:
     "The last run of a method that is complete, or a tiny one in the cache, made now."
     for folder in reversed(all_runs(method)):
@@ -493,7 +570,7 @@ def finished_run(method: str) -> RunReader:
     stage_module(method, last).run_stage(cfg, folder)
     return RunReader(folder)
 
-# %% ../../nbs/apps/64_cli.ipynb #688577ea
+# %% ../../nbs/apps/64_cli.ipynb #cec6774b
 @dataclass(frozen=True)
 class DemoCommand(Command):
     "Show what a method can do, on its last run or on a tiny one made now."
@@ -511,7 +588,7 @@ class DemoCommand(Command):
         files = [str(p) for p in sorted(out.iterdir())]
         self.show("\n".join(f"written: {f}" for f in files), {"run": run.label, "files": files})
 
-# %% ../../nbs/apps/64_cli.ipynb #e97f12ef
+# %% ../../nbs/apps/64_cli.ipynb #bfa73a9f
 @dataclass(frozen=True)
 class Finding:
     "One line of the doctor: what was tried, how it went, what to do."
@@ -520,7 +597,7 @@ class Finding:
     state: Literal["ok", "failed", "optional"]
     text: str
 
-# %% ../../nbs/apps/64_cli.ipynb #6bdcc667
+# %% ../../nbs/apps/64_cli.ipynb #806b7360
 def examine(
     name: str,
     check: Callable[[], str],  # Returns what was found; raises if it does not work
@@ -537,7 +614,7 @@ def examine(
         reason = f"{kind}{e}".split("\n")[0][:160]
         return Finding(name, "optional" if optional else "failed", f"{reason}; {advice}")
 
-# %% ../../nbs/apps/64_cli.ipynb #6c6b8222
+# %% ../../nbs/apps/64_cli.ipynb #92376fea
 def requirements() -> list[tuple[str, str]]:  # (requirement, extra or "")
     "What settings.ini or the installed package asks for."
     settings = root() / "settings.ini"
@@ -553,7 +630,7 @@ def requirements() -> list[tuple[str, str]]:  # (requirement, extra or "")
         found.append((line.partition(";")[0].strip(), extra[1] if extra else ""))
     return found
 
-# %% ../../nbs/apps/64_cli.ipynb #a90c8fa7
+# %% ../../nbs/apps/64_cli.ipynb #4b7bfc7c
 def examine_requirement(word: str, extra: str) -> Finding:
     "Whether a library is there in a version that works."
     from packaging.requirements import Requirement
@@ -569,7 +646,7 @@ def examine_requirement(word: str, extra: str) -> Finding:
         return Finding(need.name, "failed", f"{have} does not fit {word}; pip install {what}")
     return Finding(need.name, "ok", have)
 
-# %% ../../nbs/apps/64_cli.ipynb #b6cfdf53
+# %% ../../nbs/apps/64_cli.ipynb #310d7e0c
 def try_physics() -> str:
     "Step dm_control's cart-pole."
     from dm_control import suite
@@ -580,7 +657,7 @@ def try_physics() -> str:
         step = env.step(env.action_spec().maximum)
     return f"10 steps of cart-pole, position {step.observation['position'][0]:.3f} m"
 
-# %% ../../nbs/apps/64_cli.ipynb #71b47809
+# %% ../../nbs/apps/64_cli.ipynb #811290c6
 def try_rendering() -> str:
     "Render one picture in a child process, which may crash without harm."
     make = "from dm_control import suite; env = suite.load('cartpole', 'swingup')"
@@ -591,14 +668,14 @@ def try_rendering() -> str:
         raise RuntimeError((done.stderr.strip() or "no picture").split("\n")[-1])
     return f"a picture through {env['MUJOCO_GL']}"
 
-# %% ../../nbs/apps/64_cli.ipynb #34586188
+# %% ../../nbs/apps/64_cli.ipynb #5d7b5f4a
 def try_python() -> str:
     "Whether this Python is supported."
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
         raise RuntimeError(f"Python {sys.version.split()[0]} is not supported")
     return sys.version.split()[0]
 
-# %% ../../nbs/apps/64_cli.ipynb #845d0658
+# %% ../../nbs/apps/64_cli.ipynb #466e15b8
 def try_gpu() -> str:
     "A product of matrices on the GPU."
     import torch
@@ -608,7 +685,7 @@ def try_gpu() -> str:
     torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda")).sum().item()
     return torch.cuda.get_device_name()
 
-# %% ../../nbs/apps/64_cli.ipynb #46289e65
+# %% ../../nbs/apps/64_cli.ipynb #d908feb6
 def try_program(*names: str) -> str:
     "Find a program on the path."
     for name in names:
@@ -616,13 +693,13 @@ def try_program(*names: str) -> str:
             return found
     raise RuntimeError(f"{' or '.join(names)} is not on the path")
 
-# %% ../../nbs/apps/64_cli.ipynb #e83506b5
+# %% ../../nbs/apps/64_cli.ipynb #5dbc90f1
 def try_folder(folder: Path) -> str:
     "Write a file and delete it."
     atomic_write(folder / ".doctor", "x").unlink()
     return f"{folder} can be written, {shutil.disk_usage(folder).free / 2**30:.0f} GiB free"
 
-# %% ../../nbs/apps/64_cli.ipynb #698d6ab6
+# %% ../../nbs/apps/64_cli.ipynb #f1e3d96f
 def try_method(method: str) -> str:
     "Build a method's model at tiny, run it, save it and load it again."
     import torch
@@ -641,7 +718,7 @@ def try_method(method: str) -> str:
         raise RuntimeError("the loaded model computes something else than the saved one")
     return f"{count_parameters(model):,} parameters, forward pass and checkpoint round trip"
 
-# %% ../../nbs/apps/64_cli.ipynb #13021b9d
+# %% ../../nbs/apps/64_cli.ipynb #5c2c3fe9
 def diagnose() -> list[Finding]:
     "Everything that the doctor tries."
     browser, mend = (
@@ -660,7 +737,7 @@ def diagnose() -> list[Finding]:
         *(examine(m, partial(try_method, m), mend) for m in methods()),
     ]  # fmt: skip
 
-# %% ../../nbs/apps/64_cli.ipynb #30f7c0b2
+# %% ../../nbs/apps/64_cli.ipynb #7d1a5ee5
 @dataclass(frozen=True)
 class DoctorCommand(Command):
     "Try everything that the book needs, and say what to do where it fails."
@@ -679,7 +756,7 @@ class DoctorCommand(Command):
         self.show("\n".join([*lines, "", end]), plain)
         return 2 if failed else 0
 
-# %% ../../nbs/apps/64_cli.ipynb #23ac5b75
+# %% ../../nbs/apps/64_cli.ipynb #17701992
 @dataclass(frozen=True)
 class VersionCommand(Command):
     "Print the versions of trajbook and of the libraries under it."
@@ -690,7 +767,7 @@ class VersionCommand(Command):
         found = versions()
         self.show(f"trajbook {found['trajbook']}", found)
 
-# %% ../../nbs/apps/64_cli.ipynb #c8a26a20
+# %% ../../nbs/apps/64_cli.ipynb #50640f97
 def dotted_as_set(words: Sequence[str]) -> list[str]:
     "Write `--train.lr 3e-4` as `--set train.lr=3e-4`."
     rest, out = iter(words), []
@@ -702,7 +779,7 @@ def dotted_as_set(words: Sequence[str]) -> list[str]:
         out += ["--set", found[1] if value is None else f"{found[1]}={value}"]
     return out
 
-# %% ../../nbs/apps/64_cli.ipynb #cf4c3031
+# %% ../../nbs/apps/64_cli.ipynb #97f03134
 def repeat_option(words: Sequence[str]) -> list[str]:
     "Write `--set a=1 b=2` as `--set a=1 --set b=2`."
     out, option = [], ""
@@ -714,7 +791,7 @@ def repeat_option(words: Sequence[str]) -> list[str]:
         out.append(word)
     return out
 
-# %% ../../nbs/apps/64_cli.ipynb #6c7e6bc9
+# %% ../../nbs/apps/64_cli.ipynb #a8268fcb
 def sentence(box: str) -> str:
     "One sentence from the box that tyro draws around an error, with lines or with dashes."
     blocks: list[list[str]] = [[]]
@@ -727,9 +804,10 @@ def sentence(box: str) -> str:
     message = blocks[0] if box.lstrip().startswith("╭") or len(blocks) == 1 else blocks[1]
     return " ".join(message).removeprefix("Error ").rstrip(".") or "the command is incomplete"
 
-# %% ../../nbs/apps/64_cli.ipynb #13b7b723
+# %% ../../nbs/apps/64_cli.ipynb #09846467
 COMMANDS = {
     "run": RunCommand, "runs": RunsCommand, "eval": EvalCommand, "embed": EmbedCommand,
+    "forecast": ForecastCommand, "serve": ServeCommand, "deploy": DeployCommand,
     "compare": CompareCommand, "demo": DemoCommand, "bench": BenchCommand, "publish": PublishCommand,
     "config": ConfigCommand, "doctor": DoctorCommand, "version": VersionCommand,
 }  # fmt: skip
@@ -737,7 +815,7 @@ DESCRIPTION = """An executable research book on learning from trajectories.
 
 `trajbook COMMAND --help` shows options and examples; --debug shows the traceback of an error."""
 
-# %% ../../nbs/apps/64_cli.ipynb #9a5f4ad2
+# %% ../../nbs/apps/64_cli.ipynb #caeb94c5
 FIRST = (
     "trajbook run mae            # seconds, on any machine",
     "trajbook runs show          # what came out",
@@ -751,7 +829,7 @@ def show_examples(command: str) -> None:
     examples = COMMANDS[command].EXAMPLES if command in COMMANDS else FIRST
     print("\n".join(("\nexamples:", *(f"  {x}" for x in examples), "")))
 
-# %% ../../nbs/apps/64_cli.ipynb #9eb56946
+# %% ../../nbs/apps/64_cli.ipynb #6483ba16
 def parse(words: Sequence[str]) -> Callable[[], int | None]:  # The command, ready to be called
     "Read the command line; `SystemExit(0)` after showing help."
     first = words[0] if words else "--help"
@@ -773,7 +851,7 @@ def parse(words: Sequence[str]) -> Callable[[], int | None]:  # The command, rea
         said = f"{sentence(caught.getvalue())}; `trajbook {known} --help` shows how"
         raise TrajbookError(said) from None
 
-# %% ../../nbs/apps/64_cli.ipynb #32ccea42
+# %% ../../nbs/apps/64_cli.ipynb #231aa5a8
 def report(error: Exception, debug: bool) -> int:  # Exit code
     "Say on standard error what went wrong."
     if debug:
@@ -786,7 +864,7 @@ def report(error: Exception, debug: bool) -> int:  # Exit code
     print(f"error: {said}{hint}", file=sys.stderr)
     return 2 if known else 1
 
-# %% ../../nbs/apps/64_cli.ipynb #cf20a916
+# %% ../../nbs/apps/64_cli.ipynb #cd780f0e
 def main(
     words: Sequence[str] | None = None,  # Default: the command line
 ) -> int:  # Exit code

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Parameters', 'REGISTER', 'TURN', 'GRAVITY', 'TASK_S', 'MOVES', 'EIGHT_PERIOD', 'EIGHT_START', 'FAMILIES', 'UNSEEN',
            'SPLITS', 'PARAMETERS', 'LANES', 'BLOCK', 'Router', 'CANDIDATES', 'DENSE', 'PLAIN', 'VARIANTS', 'SECONDS',
-           'MINUTES', 'STEPS', 'QUICK', 'PRESETS', 'LETTER', 'HEADLINE', 'METHOD', 'Family', 'family', 'load_family',
-           'axis_distance', 'helix', 'central_velocity', 'conserved_along', 'eccentric_anomaly', 'orbital_energy',
-           'orbital_axes', 'orbit', 'lissajous_rates', 'harmonic_energy', 'lissajous', 'runge_kutta', 'on_attractor',
-           'lorenz_slope', 'lorenz', 'minimum_jerk', 'robot', 'rossler_slope', 'rossler', 'thomas_slope', 'thomas',
-           'three_bodies', 'eight_curve', 'figure_eight', 'DataConfig', 'Motions', 'make_motions', 'checked_path',
-           'context_rms', 'split_motions', 'make_test_sets', 'schema', 'AugmentConfig', 'random_rotations', 'augment',
-           'Stream', 'ModelConfig', 'LossConfig', 'EvaluateConfig', 'VariantConfig', 'MoEConfig', 'variant', 'sized',
-           'run_stage', 'load_data']
+           'MINUTES', 'STEPS', 'QUICK', 'PRESETS', 'LETTER', 'HEADLINE', 'METHOD', 'AXES', 'Family', 'family',
+           'load_family', 'axis_distance', 'helix', 'central_velocity', 'conserved_along', 'eccentric_anomaly',
+           'orbital_energy', 'orbital_axes', 'orbit', 'lissajous_rates', 'harmonic_energy', 'lissajous', 'runge_kutta',
+           'on_attractor', 'lorenz_slope', 'lorenz', 'minimum_jerk', 'robot', 'rossler_slope', 'rossler',
+           'thomas_slope', 'thomas', 'three_bodies', 'eight_curve', 'figure_eight', 'DataConfig', 'Motions',
+           'make_motions', 'checked_path', 'context_rms', 'split_motions', 'make_test_sets', 'schema', 'AugmentConfig',
+           'random_rotations', 'augment', 'Stream', 'ModelConfig', 'LossConfig', 'EvaluateConfig', 'VariantConfig',
+           'MoEConfig', 'variant', 'sized', 'run_stage', 'load_data', 'read_file']
 
-# %% ../../nbs/moe/30_data.ipynb #e0333e78
+# %% ../../nbs/moe/30_data.ipynb #94ab2abf
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ import numpy as np
 
 from ..config import Method, TrainConfig, nearest, override, require
 from ..core import TrajbookError, rng
-from ..data import Field, Trajectories
+from ..data import Field, Trajectories, column_names
 from ..run import Run, RunReader, stage
 
 # %% ../../nbs/moe/30_data.ipynb #c75261e1
@@ -702,7 +702,7 @@ class EvaluateConfig:
     ar_orders: tuple[int, ...] = (4, 8, 16, 24, 32, 48)  # validation chooses
     ar_ridges: tuple[float, ...] = (1e-14, 1e-10, 1e-6, 1e-4)
 
-# %% ../../nbs/moe/30_data.ipynb #5504c34b
+# %% ../../nbs/moe/30_data.ipynb #d81b8270
 @dataclass(frozen=True)
 class VariantConfig:
     "One network and how it is trained."
@@ -720,7 +720,7 @@ VARIANTS = {  # name: (what it changes, steps relative to the mixture's, what fo
     "dense": (DENSE, 1.0, "equal active parameters, equal steps"),
     "dense_time": (DENSE, 1.45, "equal active parameters, equal time"),
     "gru": (PLAIN | {"model.architecture": "gru"}, 3.0, "a recurrent network, equal time"),
-    "dlinear": (PLAIN | {"model.architecture": "dlinear"}, 3.0, "one linear layer (Zeng 2023)"),
+    "dlinear": (PLAIN | {"model.architecture": "dlinear"}, 1.0, "one linear layer (Zeng 2023)"),
     "plain": (PLAIN, 1.0, "the mixture without classical candidates"),
     "random_router": ({"model.router": "random"}, 1.0, "experts by position, not by content"),
     "frozen_router": ({"model.router": "frozen"}, 1.0, "a router that never learns"),
@@ -779,7 +779,7 @@ def variant(
     longer = replace(found.train, steps=max(1, round(steps * found.train.steps)))
     return replace(found, train=longer)
 
-# %% ../../nbs/moe/30_data.ipynb #47eddb10
+# %% ../../nbs/moe/30_data.ipynb #6e942dbf
 def sized(
     n_layers: int, n_experts: int, d_model: int, d_ff: int, n_heads: int, **more
 ) -> ModelConfig:
@@ -788,7 +788,7 @@ def sized(
     return ModelConfig(**shape, n_heads=n_heads, **more)
 
 
-SECONDS = {"eval_every": 20, "save_every": 20, "log_every": 5}
+SECONDS = {"eval_every": 15, "save_every": 15, "log_every": 5}
 MINUTES = {"eval_every": 500, "save_every": 500, "log_every": 50}
 STEPS = {"eval_every": 1000, "save_every": 1000, "log_every": 100}
 QUICK = EvaluateConfig(
@@ -796,18 +796,18 @@ QUICK = EvaluateConfig(
     ar_ridges=(1e-14, 1e-4),
 )  # fmt: skip
 
-# %% ../../nbs/moe/30_data.ipynb #9cf6f587
+# %% ../../nbs/moe/30_data.ipynb #da792db8
 PRESETS = {
     "tiny": MoEConfig(
         data=DataConfig(n_val=60, n_test=120),
         model=sized(1, 4, 32, 64, 2, head_width=64),
-        train=TrainConfig(steps=60, batch_size=32, lr=3e-3, **SECONDS),
+        train=TrainConfig(steps=30, batch_size=32, lr=3e-3, **SECONDS),
         evaluate=QUICK,
     ),
     "small": MoEConfig(
         preset="small", workers=2,
         model=sized(2, 4, 64, 128, 4),
-        train=TrainConfig(steps=5000, batch_size=64, lr=2e-3, **STEPS),
+        train=TrainConfig(steps=4500, batch_size=64, lr=2e-3, **STEPS),
     ),
     "full": MoEConfig(
         preset="full", workers=4,
@@ -872,3 +872,28 @@ def run_stage(cfg: MoEConfig, run: Run) -> None:
 def load_data(run: RunReader) -> Trajectories:
     "The test sets of a run."
     return Trajectories.open(run.shared("data"))
+
+# %% ../../nbs/moe/30_data.ipynb #69c5a3f7
+AXES = ("x_m", "y_m", "z_m")
+
+
+def read_file(path: str | Path) -> Trajectories:
+    "Motions from a CSV, Parquet or NumPy file; trajbook.data names what is wrong with it."
+    path = Path(path)
+    if path.suffix in (".npy", ".npz"):
+        arrays = np.load(path)
+        width = (arrays if path.suffix == ".npy" else next(iter(arrays.values()))).shape[-1]
+        return Trajectories.from_numpy(path, (Field("position", "float64", (width,), "m"),))
+    if path.suffix not in (".csv", ".parquet"):
+        allowed = "a .csv, .parquet, .npy or .npz file, or a dataset folder"
+        raise TrajbookError(f"{path.name} cannot be read: give {allowed}")
+    names = column_names(path)
+    axes = tuple(a for a in AXES if a in names)
+    if not axes:
+        raise TrajbookError(
+            f"{path.name} has no column {', '.join(AXES)}; it has: {', '.join(names)}"
+        )
+    read = Trajectories.from_csv if path.suffix == ".csv" else Trajectories.from_parquet
+    there = {k: c for k, c in (("episode", "episode"), ("time", "time_s")) if c in names}
+    recording = (Field("position", "float64", (len(axes),), "m"),)
+    return read(path, recording, columns={"position": axes}, **({"episode": None} | there))

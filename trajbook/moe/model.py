@@ -9,20 +9,22 @@ __all__ = ['NORM_STEPS', 'DEFAULT_CHECKPOINT', 'Window', 'padding_of', 'to_windo
            'lag_sums', 'fit_recurrence', 'response', 'Candidates', 'extrapolate', 'bounded', 'candidate',
            'make_candidates', 'OwnHead', 'Combiner', 'DLinear', 'Outputs', 'MoEForecaster', 'Forecast',
            'degrees_of_freedom', 'sample_errors', 't_log_density', 'forecast', 'Generation', 'draw_errors', 'generate',
-           'example', 'describe', 'active_parameters', 'step_memory_mb', 'run_stage']
+           'example', 'foretell', 'describe', 'active_parameters', 'step_memory_mb', 'run_stage']
 
-# %% ../../nbs/moe/31_model.ipynb #ef36748f
+# %% ../../nbs/moe/31_model.ipynb #689e1f3e
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import TrajbookError
+from ..data import Trajectories
 from .data import ModelConfig, MoEConfig, variant
 from ..nn import Attention, GatedMLP, KVCache, MemoryMeter, RMSNorm, count_parameters
 from ..run import Run, stage
@@ -66,7 +68,7 @@ def to_window(
     values = ((x - center) / scale).masked_fill(is_padding[..., None], 0.0)
     return Window(values, is_padding, center, scale)
 
-# %% ../../nbs/moe/31_model.ipynb #0efaae58
+# %% ../../nbs/moe/31_model.ipynb #5e9b83b1
 def features(
     window: Window,
     before: Tensor | None = None,  # (B, 2, D) the two samples before it, None at the start
@@ -91,7 +93,7 @@ def to_patches(
     patch: int,  # Samples per token (P)
 ) -> Tensor:  # (B, T / P, P F)
     "Join the samples of each token."
-    return x.reshape(len(x), x.shape[1] // patch, -1)
+    return x.reshape(x.shape[0], x.shape[1] // patch, -1)
 
 # %% ../../nbs/moe/31_model.ipynb #85feb540
 class Routing(NamedTuple):
@@ -192,7 +194,7 @@ def balance(
     share = utilization(routing)
     router.bias += rate * torch.sign(share.mean() - share)
 
-# %% ../../nbs/moe/31_model.ipynb #637d6c6d
+# %% ../../nbs/moe/31_model.ipynb #9e3b38c5
 def dense_experts(
     x: Tensor,  # (N, d_model)
     expert: Tensor,  # (N, K)
@@ -203,7 +205,7 @@ def dense_experts(
     "Every expert computes every token; the reference."
     gate, up = torch.einsum("nd,edf->enf", x, w_in).chunk(2, -1)
     y = torch.einsum("enf,efd->end", F.silu(gate) * up, w_out)
-    share = torch.zeros(len(x), len(w_in), dtype=y.dtype, device=x.device)
+    share = torch.zeros(x.shape[0], len(w_in), dtype=y.dtype, device=x.device)
     share = share.scatter(1, expert, weight.to(y.dtype))
     return torch.einsum("ne,end->nd", share, y)
 
@@ -390,7 +392,7 @@ class RecurrentTrunk(nn.Module):
         x = self.embed(patches).masked_fill(is_padding[..., None], 0)
         return self.norm(self.gru(x)[0]), []
 
-# %% ../../nbs/moe/31_model.ipynb #75be483b
+# %% ../../nbs/moe/31_model.ipynb #dfd2a3f4
 def lag_sums(
     x: Tensor,  # (B, T, D) float64, 0 where padded
     most: int,  # Largest lag
@@ -413,7 +415,7 @@ def fit_recurrence(
     i = torch.arange(order + 1, device=sums.device)
     lag, later = (i[:, None] - i).abs(), torch.minimum(i[:, None], i)
     T = sums.shape[2] - 1
-    rows = torch.arange(len(sums), device=sums.device)[:, None, None]
+    rows = torch.arange(sums.shape[0], device=sums.device)[:, None, None]
     start = ((first + order)[:, None, None] - later).clamp(0, T)
     gram = sums[:, lag, T - later] - sums[rows, lag, start]  # (B, p + 1, p + 1)
     square, right = gram[:, 1:, 1:], gram[:, 1:, 0]
@@ -433,7 +435,7 @@ def response(
         row = row[:, :1] * coefficients + F.pad(row[:, 1:], (0, 1))
     return torch.stack(found, 1)
 
-# %% ../../nbs/moe/31_model.ipynb #9eb68ab6
+# %% ../../nbs/moe/31_model.ipynb #f554fd15
 class Candidates(NamedTuple):
     "Forecasts of classical methods, in the window's units."
 
@@ -449,7 +451,7 @@ def extrapolate(
 ) -> Tensor:  # (B, H, D)
     "Go on with the mean velocity of the last samples."
     back = (n_valid - 1).clamp(min=0, max=over)
-    rows = torch.arange(len(x), device=x.device)
+    rows = torch.arange(x.shape[0], device=x.device)
     velocity = (x[:, -1] - x[rows, x.shape[1] - 1 - back]) / back.clamp(min=1)[:, None]
     steps = torch.arange(1, horizon + 1, device=x.device, dtype=x.dtype)
     return x[:, -1:] + velocity[:, None] * steps[:, None]
@@ -580,7 +582,7 @@ class Combiner(nn.Module):
         mean = torch.einsum("bhm,bmhd->bhd", weight, both)
         return mean, out[..., -1] + self.power(errors).float(), weight
 
-# %% ../../nbs/moe/31_model.ipynb #b0ad8ca3
+# %% ../../nbs/moe/31_model.ipynb #6d0a15bb
 class DLinear(nn.Module):
     "Moving average and remainder, one linear map each (Zeng et al. 2023)."
 
@@ -597,14 +599,16 @@ class DLinear(nn.Module):
         x, gone = window.values.float()[:, -self.context :], window.is_padding[:, -self.context :]
         x = F.pad(x, (0, 0, self.context - x.shape[1], 0))
         gone = F.pad(gone, (self.context - gone.shape[1], 0), value=True)
-        first = x[torch.arange(len(x), device=x.device), gone.sum(1).clamp(max=self.context - 1)]
+        first = x[
+            torch.arange(x.shape[0], device=x.device), gone.sum(1).clamp(max=self.context - 1)
+        ]
         x = torch.where(gone[..., None], first[:, None], x).mT  # (B, D, C)
         half = self.kernel // 2
         trend = F.avg_pool1d(F.pad(x, (half, half), mode="replicate"), self.kernel, 1)
         y = (self.trend(trend) + self.rest(x - trend)).mT.float()
-        return y[:, None], self.log_scale.expand(len(y), 1, -1)
+        return y[:, None], self.log_scale.expand(y.shape[0], 1, -1)
 
-# %% ../../nbs/moe/31_model.ipynb #c8f5d952
+# %% ../../nbs/moe/31_model.ipynb #31372d93
 class Outputs(NamedTuple):
     "What the network says about a batch, in each window's units."
 
@@ -637,7 +641,7 @@ class MoEForecaster(nn.Module):
 
     def pad(self, position: Tensor, n_valid: Tensor | None) -> tuple[Tensor, Tensor]:
         "Position with a whole number of patches, and its padding."
-        n = torch.full((len(position),), position.shape[1], device=position.device)
+        n = torch.full((position.shape[0],), position.shape[1], device=position.device)
         n_valid, more = n if n_valid is None else n_valid, -position.shape[1] % self.config.patch
         position = F.pad(position, (0, 0, more, 0))
         return position, padding_of(n_valid, position.shape[1])
@@ -831,7 +835,7 @@ def generate(
     new = torch.cat(found, 1)[:, :horizon] * going.window.scale + going.window.center
     return new.view(len(history), samples, horizon, -1)
 
-# %% ../../nbs/moe/31_model.ipynb #6819479b
+# %% ../../nbs/moe/31_model.ipynb #13e63a78
 DEFAULT_CHECKPOINT = "moe/best"
 
 
@@ -840,6 +844,23 @@ def example(cfg: MoEConfig) -> tuple[MoEForecaster, tuple[Tensor]]:
     torch.manual_seed(0)
     position = torch.randn(2, cfg.data.context, cfg.data.dims, dtype=torch.float64).cumsum(1)
     return MoEForecaster(cfg.model), (position,)
+
+
+def foretell(
+    model: MoEForecaster,
+    data: Trajectories,  # With the field `position` (T, D), m
+    horizon: int | None = None,  # Samples to come; None = as trained
+    batch_size: int = 256,
+) -> dict[str, np.ndarray]:  # mean (N, H, D) and scale (N, H), m
+    "Forecasts of all trajectories of a data set, each from its end."
+    C, found = model.config.context, []
+    for i in range(0, len(data), batch_size):
+        ends = [data[k]["position"][-C:] for k in range(i, min(i + batch_size, len(data)))]
+        n = torch.tensor([len(e) for e in ends], device=model.dof.device)
+        rows = np.stack([np.pad(e, ((C - len(e), 0), (0, 0))) for e in ends])
+        found.append(forecast(model, torch.from_numpy(rows).to(n.device), horizon, n)[:2])
+    mean, scale = (torch.cat(v).cpu().numpy() for v in zip(*found, strict=True))
+    return {"mean": mean, "scale": scale}
 
 
 def describe(config: ModelConfig) -> dict:  # {"inputs": …, "outputs": …}
