@@ -22,7 +22,7 @@ from ..core import TrajbookError, atomic_folder, rng, runs_dir, sha256_file, wri
 from ..nn import count_parameters, cpu_time, one_thread
 from ..run import RunReader, metric_table, now, versions
 
-# %% ../../nbs/apps/63_deploy.ipynb #4a64eb63
+# %% ../../nbs/apps/63_deploy.ipynb #9d078b33
 class Program(nn.Module):
     "What is exported: a history in metres to mean, scale and degrees of freedom."
 
@@ -41,7 +41,7 @@ class Program(nn.Module):
         mean = out.mean.double() * size + out.window.center
         return mean, out.log_scale.double().exp() * size[..., 0]
 
-
+# %% ../../nbs/apps/63_deploy.ipynb #56fba615
 def export_program(
     model: nn.Module,  # MoEForecaster, in evaluation mode
     bf16: bool = False,
@@ -78,17 +78,15 @@ def measure_formats(model: nn.Module, windows: int = 64) -> dict[str, dict[str, 
             }
     return found
 
-# %% ../../nbs/apps/63_deploy.ipynb #c3084526
+# %% ../../nbs/apps/63_deploy.ipynb #5756ad70
 START = '''"""Serves the forecaster in this folder. Made by trajbook; needs requirements.txt and nothing else."""
 import argparse, hashlib, json, os, sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-
 def stop(reason):
     sys.exit(f"not started: {reason}")
-
 
 def checked_manifest():
     "The manifest, if no file of this folder was changed."
@@ -100,7 +98,6 @@ def checked_manifest():
         if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             stop(f"{name} was changed: its SHA-256 is not the one in the manifest")
     return manifest
-
 
 def main():
     ask = argparse.ArgumentParser(description=__doc__)
@@ -122,12 +119,11 @@ def main():
         web = app.make_app(model, manifest, os.environ.get("API_KEY", ""))
         uvicorn.run(web, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=30)
 
-
 if __name__ == "__main__":
     main()
 '''
 
-# %% ../../nbs/apps/63_deploy.ipynb #4e0e10c5
+# %% ../../nbs/apps/63_deploy.ipynb #5150fb49
 APP = '''"""The web application; started by start_server.py."""
 import hmac
 import threading
@@ -143,14 +139,12 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 Coordinate = Annotated[FiniteFloat, Field(ge=-1e9, le=1e9)]
 Point = Annotated[list[Coordinate], Field(min_length=1, max_length=16)]
 
-
 class Forecast(BaseModel):
     model_config = ConfigDict(extra="forbid")
     history: Annotated[list[Point], Field(min_length=1, max_length=4096)]
     samples: int = Field(0, ge=0, le=64)
     temperature: FiniteFloat = Field(1.0, ge=0, le=10)
     seed: int = Field(0, ge=0, le=2**53)
-
 
 class Model:
     def __init__(self, file, manifest):
@@ -223,7 +217,7 @@ def make_app(model, manifest, api_key=""):
     return app
 """
 
-# %% ../../nbs/apps/63_deploy.ipynb #858be318
+# %% ../../nbs/apps/63_deploy.ipynb #4882ccd6
 PACKAGES = ("torch", "numpy", "fastapi", "uvicorn", "pydantic")
 DOCKERFILE = """FROM python:3.12-slim
 RUN useradd --create-home --uid 10001 server
@@ -244,7 +238,7 @@ def requirements() -> str:
 
     return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in PACKAGES)
 
-
+# %% ../../nbs/apps/63_deploy.ipynb #57e4899b
 def model_card(
     name: str, header: Mapping, formats: Mapping, run: RunReader | None, size: int
 ) -> str:
@@ -290,7 +284,7 @@ def model_card(
     ]
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/apps/63_deploy.ipynb #72157401
+# %% ../../nbs/apps/63_deploy.ipynb #6318c07e
 def golden_case(model: nn.Module, program: nn.Module) -> dict:
     "A request with its answer, by the exported program."
     t = np.arange(model.config.context - 3) * 0.01
@@ -301,7 +295,7 @@ def golden_case(model: nn.Module, program: nn.Module) -> dict:
     answer = {"mean": mean[0].tolist(), "scale": scale[0].tolist()}
     return {"request": {"history": path.tolist()}, "answer": answer, "rtol": 1e-5, "atol": 1e-5}
 
-
+# %% ../../nbs/apps/63_deploy.ipynb #7294eef5
 def deploy(
     spec: str | Path,  # Checkpoint folder, or what a person calls a run
     name: str,  # Of the deployment

@@ -272,7 +272,7 @@ def lorenz(p: Parameters, time_s: np.ndarray) -> np.ndarray:
     start = p["start"][:, 0].T + np.array([[0.0], [0.0], [25.0]])
     return on_attractor(lambda x: lorenz_slope(x, *numbers), start, time_s)
 
-# %% ../../nbs/moe/30_data.ipynb #23253eee
+# %% ../../nbs/moe/30_data.ipynb #d99c9743
 TASK_S = 1.6  # seconds in which all places are visited
 MOVES = 12  # places that are drawn beyond the first; more than can be reached in a window
 
@@ -281,7 +281,7 @@ def minimum_jerk(tau: np.ndarray) -> np.ndarray:
     "Share of the way covered at the share `tau` of the time (Flash and Hogan 1985, eq. 3)."
     return tau * tau * tau * (10 + tau * (6 * tau - 15))
 
-
+# %% ../../nbs/moe/30_data.ipynb #62c1a4cb
 @family(
     "robot", {"places": (9.0, 12.0)}, discrete=("places",),
     places=(3.0, 9.0), place_m=(-1.0, 1.0, MOVES + 1, 3), pace=(0.7, 1.3, MOVES),
@@ -411,7 +411,7 @@ class DataConfig:
         "When the samples of a window are taken."
         return np.arange(self.context + self.horizon) / self.sampling_rate_hz
 
-# %% ../../nbs/moe/30_data.ipynb #3dfe628f
+# %% ../../nbs/moe/30_data.ipynb #be6c44d6
 class Motions(NamedTuple):
     "Windows of motions."
 
@@ -419,7 +419,7 @@ class Motions(NamedTuple):
     family: np.ndarray  # (n,) place in the list of names
     unit: np.ndarray  # (n, P) the drawn numbers; a family with fewer numbers leaves zeros
 
-
+# %% ../../nbs/moe/30_data.ipynb #049eb1e3
 def make_motions(
     names: Sequence[str],  # Families
     which: np.ndarray,  # (n,) place in `names`
@@ -674,7 +674,7 @@ class ModelConfig:
         "Experts that a token passes through."
         return 1 if self.router == "switch" else self.top_k
 
-# %% ../../nbs/moe/30_data.ipynb #0c59bc67
+# %% ../../nbs/moe/30_data.ipynb #41670fcd
 @dataclass(frozen=True)
 class LossConfig:
     "What training minimizes."
@@ -690,7 +690,7 @@ class LossConfig:
         for name in ("load_balance", "router_z", "bias_rate", "own", "scale"):
             require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "at least 0")
 
-
+# %% ../../nbs/moe/30_data.ipynb #aa6ad726
 @dataclass(frozen=True)
 class EvaluateConfig:
     "How the forecasts are judged."

@@ -50,7 +50,7 @@ from trajbook.moe.model import (
 from ..nn import torch_generator
 from ..run import Run, Table, save_figure, show_number, stage
 
-# %% ../../nbs/moe/33_evaluate.ipynb #2aa41f9e
+# %% ../../nbs/moe/33_evaluate.ipynb #8794e668
 class Cases(NamedTuple):
     "Test windows under one condition."
 
@@ -68,7 +68,7 @@ class Cases(NamedTuple):
         "Root of the summed variances of the axes of the clean context."
         return np.sqrt(self.context.var(1).sum(-1))
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #2e90b114
 CONDITIONS = {  # name: (split, noise)
     "clean": ("test", False),
     "noisy": ("test", True),
@@ -183,7 +183,7 @@ def endpoint_error(cases: Cases, mean: np.ndarray) -> np.ndarray:
     "Distance of the last positions."
     return np.linalg.norm(mean[:, -1] - cases.future[:, -1], axis=-1)
 
-# %% ../../nbs/moe/33_evaluate.ipynb #2810d51e
+# %% ../../nbs/moe/33_evaluate.ipynb #99c86550
 @metric("temporal_consistency", "1", "higher")
 def temporal_consistency(cases: Cases, mean: np.ndarray) -> np.ndarray:
     "Mean cosine between the velocities of forecast and truth; 1 where both rest."
@@ -193,7 +193,7 @@ def temporal_consistency(cases: Cases, mean: np.ndarray) -> np.ndarray:
     rest = np.maximum(*sizes) < 1e-6
     return np.where(rest, 1.0, (a * b).sum(-1) / size).mean(1)
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #4605ef27
 @metric("jerk_ratio", "1", None, over="median")
 def jerk_ratio(cases: Cases, mean: np.ndarray) -> np.ndarray:
     "Root mean square jerk by the truth's own; 1 is right, 0 is frozen."
@@ -201,7 +201,7 @@ def jerk_ratio(cases: Cases, mean: np.ndarray) -> np.ndarray:
     rms = [np.sqrt((j**2).sum(-1).mean(1)) for j in (a, b)]
     return rms[0] / np.maximum(rms[1], 1e-12 * np.maximum(1, cases.spread))
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #b2745376
 @metric("conservation_error", "1", over="median")
 def conservation_error(cases: Cases, mean: np.ndarray) -> np.ndarray:
     "Relative error of what the family conserves, median over the horizon; 0 where nothing is."
@@ -216,13 +216,13 @@ def conservation_error(cases: Cases, mean: np.ndarray) -> np.ndarray:
             found[mine] = np.median(np.abs(values[0] / values[1] - 1), 1)
     return found
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #68ba67a5
 @metric("mse", "m^2")
 def mse(cases: Cases, mean: np.ndarray) -> np.ndarray:
     "Mean square over steps and axes."
     return ((mean - cases.future) ** 2).mean((1, 2))
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #e72060f9
 @metric("mae", "m")
 def mae(cases: Cases, mean: np.ndarray) -> np.ndarray:
     "Mean absolute error over steps and axes."
@@ -247,7 +247,7 @@ def family_means(
     picks = {n: cases.family == k for k, n in enumerate(cases.names)}
     return {n: float(join(values[m])) for n, m in picks.items() if m.any()}
 
-# %% ../../nbs/moe/33_evaluate.ipynb #98ac1d13
+# %% ../../nbs/moe/33_evaluate.ipynb #1e74d06e
 Ruler = Callable[[Tensor, int], Tensor]  # (observed (n, C, D), H) -> (n, H, D)
 
 
@@ -265,7 +265,7 @@ def polynomial(
 
     return go_on
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #f3140523
 def recurrence(
     order: int,
     ridge: float,
@@ -282,7 +282,7 @@ def recurrence(
 
     return go_on
 
-# %% ../../nbs/moe/33_evaluate.ipynb #82fb9a32
+# %% ../../nbs/moe/33_evaluate.ipynb #9ef7fac3
 def ruler_settings(cfg: EvaluateConfig) -> dict[str, dict[str, Ruler]]:  # Name to settings
     "All rulers with all their settings."
     lengths = (2, 4, 8, 16)
@@ -298,12 +298,12 @@ def ruler_settings(cfg: EvaluateConfig) -> dict[str, dict[str, Ruler]]:  # Name 
         },
     }
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #732099d9
 def mean_error(cases: Cases, mean: np.ndarray) -> float:
     "The mean of the families' mean errors."
     return float(np.mean(list(family_means(error(cases, mean), cases).values())))
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #3d7952df
 def choose_rulers(
     val: Cases,
     cfg: EvaluateConfig,
@@ -316,7 +316,7 @@ def choose_rulers(
         chosen[name] = best, settings[best]
     return chosen
 
-# %% ../../nbs/moe/33_evaluate.ipynb #a0918b4e
+# %% ../../nbs/moe/33_evaluate.ipynb #79fe0505
 def slopes(
     one: Family,
     unit: np.ndarray,  # (n, P)
@@ -336,7 +336,7 @@ def slopes(
     found = np.concatenate(path).reshape(len(free) + 1, len(unit), -1)
     return found[0], ((found[1:] - found[0]) / step).transpose(1, 2, 0)
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #d006b92c
 def oracle(
     one: Family,
     unit: np.ndarray,  # (n, P) the true numbers
@@ -467,7 +467,7 @@ def part_of(cases: Cases, n: int) -> Cases:
     arrays = {k: getattr(cases, k)[:n] for k in ("observed", "context", "future", "family", "unit")}
     return cases._replace(**arrays)
 
-# %% ../../nbs/moe/33_evaluate.ipynb #70226b80
+# %% ../../nbs/moe/33_evaluate.ipynb #fb428283
 def all_forecasts(
     models: Mapping[str, MoEForecaster],
     cases: Cases,
@@ -480,7 +480,7 @@ def all_forecasts(
     noisy = not np.array_equal(cases.observed, cases.context)
     return found | ({"oracle": oracle_forecast(cases)} if noisy else {})
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #2263bf35
 def record_errors(run: Run, condition: str, cases: Cases, means: Mapping[str, np.ndarray]) -> dict:
     "Mean and median error of everybody, in all and per family."
     table, ours = {}, run.cfg.variants[0]
@@ -614,7 +614,7 @@ def draw_prediction(cases: Cases, found: Forecast, samples: np.ndarray, i: int):
     legend(ax, 2)
     return fig
 
-# %% ../../nbs/moe/33_evaluate.ipynb #430bb7e0
+# %% ../../nbs/moe/33_evaluate.ipynb #5cb4198e
 def draw_comparison(table: Mapping[str, Mapping[str, float]], ours: str):
     "Everybody's error on every family; `table` is name to family to error."
     from trajbook.viz import against_floor
@@ -623,7 +623,7 @@ def draw_comparison(table: Mapping[str, Mapping[str, float]], ours: str):
     rows = {f: {n: max(v[f], 1e-7) for n, v in table.items() if n != "oracle"} for f in families}
     return against_floor(rows, ours, "error / spread")
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #51358151
 def draw_dashboard(
     by_step: Mapping[str, np.ndarray],
     weight: np.ndarray,

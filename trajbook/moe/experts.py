@@ -47,7 +47,7 @@ from trajbook.widgets import (
     within_budget,
 )
 
-# %% ../../nbs/moe/34_experts.ipynb #04b46311
+# %% ../../nbs/moe/34_experts.ipynb #2f6fa799
 class Choices(NamedTuple):
     "Where all tokens of some windows went."
 
@@ -59,7 +59,7 @@ class Choices(NamedTuple):
         "The expert with the largest weight."
         return self.gate.argmax(-1)
 
-
+# %% ../../nbs/moe/34_experts.ipynb #b9b35957
 @torch.no_grad()
 def choices_of(
     model: MoEForecaster,
@@ -94,7 +94,7 @@ def load_numbers(choices: Choices, k: int) -> dict[str, float]:
         "token_entropy": float(entropy(choices.probability).mean()),
     }
 
-# %% ../../nbs/moe/34_experts.ipynb #32b6690c
+# %% ../../nbs/moe/34_experts.ipynb #3424c276
 def classes(
     values: np.ndarray,  # (n, L)
     n: int = 5,
@@ -103,7 +103,7 @@ def classes(
     edges = np.quantile(values, np.linspace(0, 1, n + 1)[1:-1])
     return np.searchsorted(edges, values, side="right")
 
-
+# %% ../../nbs/moe/34_experts.ipynb #c6678a2e
 def properties(cases: Cases, patch: int) -> dict[str, np.ndarray]:  # Name to (n, L) classes
     "What might matter about each token."
     x, size = cases.context, cases.spread[:, None]
@@ -124,7 +124,7 @@ def properties(cases: Cases, patch: int) -> dict[str, np.ndarray]:  # Name to (n
         "place": np.repeat(np.arange(L)[None] * 8 // L, n, 0),
     }
 
-# %% ../../nbs/moe/34_experts.ipynb #005dd4b0
+# %% ../../nbs/moe/34_experts.ipynb #40a99713
 def mutual_information(
     a: np.ndarray,  # (N,) classes
     b: np.ndarray,  # (N,) classes
@@ -136,7 +136,7 @@ def mutual_information(
     seen = joint > 0
     return float((joint[seen] * np.log(joint[seen] / apart[seen])).sum())
 
-
+# %% ../../nbs/moe/34_experts.ipynb #b2169599
 def information(
     first: np.ndarray,  # (n, L) chosen expert
     label: np.ndarray,  # (n, L) a property
@@ -151,12 +151,12 @@ def information(
     ]
     return value, float(np.mean(null)), float((np.array(null) >= value).mean())
 
-# %% ../../nbs/moe/34_experts.ipynb #1a89c3b3
+# %% ../../nbs/moe/34_experts.ipynb #0ad4f495
 def routers(model: MoEForecaster) -> list[Router]:
     "The routers, layer by layer."
     return [m.router for m in model.modules() if isinstance(m, Mixture)]
 
-
+# %% ../../nbs/moe/34_experts.ipynb #673bb00a
 @contextmanager
 def without(model: MoEForecaster, layer: int, expert: int) -> Iterator[None]:
     "Close one expert inside the block."
@@ -167,7 +167,7 @@ def without(model: MoEForecaster, layer: int, expert: int) -> Iterator[None]:
     finally:
         alive[expert] = True
 
-
+# %% ../../nbs/moe/34_experts.ipynb #712dda0c
 @contextmanager
 def routed_by_place(model: MoEForecaster) -> Iterator[None]:
     "Send tokens to experts by their place, whatever they say."
@@ -180,14 +180,14 @@ def routed_by_place(model: MoEForecaster) -> Iterator[None]:
         for r, kind in zip(routers(model), kinds, strict=True):
             r.kind = kind
 
-
+# %% ../../nbs/moe/34_experts.ipynb #fede0559
 def family_errors(model: MoEForecaster, cases: Cases) -> np.ndarray:  # (families,)
     "Mean error per family."
     return np.array(
         list(family_means(error(cases, predict(model, cases).mean.numpy()), cases).values())
     )
 
-
+# %% ../../nbs/moe/34_experts.ipynb #242734b7
 def knockouts(model: MoEForecaster, cases: Cases) -> np.ndarray:  # (layers, E, families)
     "Error without an expert, relative to the error with all."
     whole, table = family_errors(model, cases), []
@@ -284,7 +284,7 @@ function render({ model, el }) {
 export default { render };
 """
 
-# %% ../../nbs/moe/34_experts.ipynb #db254758
+# %% ../../nbs/moe/34_experts.ipynb #c4c7513b
 def viewer_state(
     paths: Mapping[str, np.ndarray],  # Name to (C + H, 3) m
     gates: Mapping[str, np.ndarray],  # Name to (layers, L, E) weights
@@ -312,7 +312,7 @@ def viewer_state(
     data["last"] = len(next(iter(paths.values()))) - 1
     return within_budget(data, "show fewer motions")
 
-
+# %% ../../nbs/moe/34_experts.ipynb #541df863
 class ExpertViewer(anywidget.AnyWidget):
     "Motions in space in the colors of the experts at work."
 
@@ -355,7 +355,7 @@ def record_information(run: Run, name: str, choices: Choices, cases: Cases, patc
         run.record(f"{key}.{what}.p", reached, "1")
         run.compare(f"{key}.{what}.value", f"{key}.{what}.null")
 
-# %% ../../nbs/moe/34_experts.ipynb #e70eb553
+# %% ../../nbs/moe/34_experts.ipynb #9d357135
 def record_headline(run: Run, choices: Choices, cases: Cases, config) -> None:
     "The numbers under the names that pages look for."
     for key, value in load_numbers(choices, config.n_active).items():
@@ -368,7 +368,7 @@ def record_headline(run: Run, choices: Choices, cases: Cases, config) -> None:
         "evaluate.experts.mutual_information_family", "evaluate.experts.mutual_information_null"
     )
 
-
+# %% ../../nbs/moe/34_experts.ipynb #059c2e6f
 def record_knockouts(
     run: Run, model: MoEForecaster, cases: Cases
 ) -> np.ndarray:  # (layers, E, families)

@@ -29,7 +29,7 @@ from .data import ModelConfig, MoEConfig, variant
 from ..nn import Attention, GatedMLP, KVCache, MemoryMeter, RMSNorm, count_parameters
 from ..run import Run, stage
 
-# %% ../../nbs/moe/31_model.ipynb #80f3d30c
+# %% ../../nbs/moe/31_model.ipynb #7e3dd3ff
 NORM_STEPS = 64  # samples that give mean and spread
 
 
@@ -41,7 +41,7 @@ class Window(NamedTuple):
     center: Tensor  # (B, 1, D) m
     scale: Tensor  # (B, 1, 1) m
 
-
+# %% ../../nbs/moe/31_model.ipynb #0612cd9e
 def padding_of(
     n_valid: Tensor,  # (B,) samples that were seen, the last ones
     T: int,
@@ -49,7 +49,7 @@ def padding_of(
     "Padding at the beginning."
     return torch.arange(T, device=n_valid.device) < (T - n_valid)[:, None]
 
-
+# %% ../../nbs/moe/31_model.ipynb #ba37d087
 def to_window(
     position: Tensor,  # (B, T, D) m
     is_padding: Tensor,  # (B, T)
@@ -68,7 +68,7 @@ def to_window(
     values = ((x - center) / scale).masked_fill(is_padding[..., None], 0.0)
     return Window(values, is_padding, center, scale)
 
-# %% ../../nbs/moe/31_model.ipynb #5e9b83b1
+# %% ../../nbs/moe/31_model.ipynb #fb8ba1b2
 def features(
     window: Window,
     before: Tensor | None = None,  # (B, 2, D) the two samples before it, None at the start
@@ -87,7 +87,7 @@ def features(
         v = v[:, 1:]
     return torch.cat([x, 8 * v, 32 * a, gone[..., None]], -1).float()
 
-
+# %% ../../nbs/moe/31_model.ipynb #1fdc0d6f
 def to_patches(
     x: Tensor,  # (B, T, F), T a multiple of the patch
     patch: int,  # Samples per token (P)
@@ -209,7 +209,7 @@ def dense_experts(
     share = share.scatter(1, expert, weight.to(y.dtype))
     return torch.einsum("ne,end->nd", share, y)
 
-# %% ../../nbs/moe/31_model.ipynb #fcde1d42
+# %% ../../nbs/moe/31_model.ipynb #c3d0f6bd
 class _Sort(torch.autograd.Function):
     "Rows of `x`, each `K` times, in the order of the experts."
 
@@ -224,7 +224,7 @@ class _Sort(torch.autograd.Function):
         (inverse,) = ctx.saved_tensors
         return grad[inverse].view(-1, ctx.k, grad.shape[-1]).sum(1), None, None, None
 
-
+# %% ../../nbs/moe/31_model.ipynb #ec5e089f
 class _Unsort(torch.autograd.Function):
     "Rows back in their order, the `K` of each token added."
 
@@ -239,7 +239,7 @@ class _Unsort(torch.autograd.Function):
         (order,) = ctx.saved_tensors
         return grad[order // ctx.k], None, None, None
 
-# %% ../../nbs/moe/31_model.ipynb #1b561aa7
+# %% ../../nbs/moe/31_model.ipynb #1dc87a42
 def grouped_matmul(
     x: Tensor,  # (R, d_in) rows sorted by group
     w: Tensor,  # (E, d_in, d_out)
@@ -251,7 +251,7 @@ def grouped_matmul(
         return torch.cat([x[a:b] @ w[e] for e, (a, b) in enumerate(zip(at, at[1:], strict=False))])
     return F.grouped_mm(x, w, offs=ends)
 
-
+# %% ../../nbs/moe/31_model.ipynb #b6cd2f51
 def grouped_experts(
     x: Tensor,  # (N, d_model)
     expert: Tensor,  # (N, K)
@@ -392,7 +392,7 @@ class RecurrentTrunk(nn.Module):
         x = self.embed(patches).masked_fill(is_padding[..., None], 0)
         return self.norm(self.gru(x)[0]), []
 
-# %% ../../nbs/moe/31_model.ipynb #dfd2a3f4
+# %% ../../nbs/moe/31_model.ipynb #0f911e77
 def lag_sums(
     x: Tensor,  # (B, T, D) float64, 0 where padded
     most: int,  # Largest lag
@@ -404,7 +404,7 @@ def lag_sums(
         found[:, k, k + 1 :] = (x[:, k:] * x[:, : T - k]).sum(-1)
     return found.cumsum_(2)
 
-
+# %% ../../nbs/moe/31_model.ipynb #18dcc86a
 def fit_recurrence(
     sums: Tensor,  # From `lag_sums`
     first: Tensor,  # (B,) index of the first sample that is not padding
@@ -423,7 +423,7 @@ def fit_recurrence(
     damping = (ridge * size + 1e-30)[:, None].expand(-1, order)
     return torch.linalg.solve_ex(square + torch.diag_embed(damping), right)[0]  # may be infinite
 
-
+# %% ../../nbs/moe/31_model.ipynb #7bae9651
 def response(
     coefficients: Tensor,  # (B, p)
     horizon: int,  # H
@@ -435,14 +435,14 @@ def response(
         row = row[:, :1] * coefficients + F.pad(row[:, 1:], (0, 1))
     return torch.stack(found, 1)
 
-# %% ../../nbs/moe/31_model.ipynb #f554fd15
+# %% ../../nbs/moe/31_model.ipynb #048a8268
 class Candidates(NamedTuple):
     "Forecasts of classical methods, in the window's units."
 
     forecast: Tensor  # (B, M, H, D) float32
     error: Tensor  # (B, M, H) float32, of a forecast of the context's end; 1 where impossible
 
-
+# %% ../../nbs/moe/31_model.ipynb #13f0ecba
 def extrapolate(
     x: Tensor,  # (B, T, D)
     n_valid: Tensor,  # (B,) samples that are not padding
@@ -456,7 +456,7 @@ def extrapolate(
     steps = torch.arange(1, horizon + 1, device=x.device, dtype=x.dtype)
     return x[:, -1:] + velocity[:, None] * steps[:, None]
 
-
+# %% ../../nbs/moe/31_model.ipynb #d8c904b7
 def bounded(
     forecast: Tensor,  # (B, H, D), centered
     reach: Tensor,  # (B,) largest distance that is believed
@@ -468,7 +468,7 @@ def bounded(
     )
     return inside.nan_to_num(0.0, 0.0, 0.0)
 
-# %% ../../nbs/moe/31_model.ipynb #6e37acf0
+# %% ../../nbs/moe/31_model.ipynb #40103579
 def candidate(
     name: str,  # last, velocity, or ar and an order
     x: Tensor,  # (B, T, D) float64, centered, 0 where padded
@@ -491,7 +491,7 @@ def candidate(
     enough = ((n_valid >= 2 * order) & weights.isfinite().all((1, 2)))[:, None, None]
     return torch.where(enough, found, line), torch.where(enough, earlier, line_before)
 
-
+# %% ../../nbs/moe/31_model.ipynb #435e3b5a
 def make_candidates(
     window: Window,
     names: Sequence[str],
@@ -608,7 +608,7 @@ class DLinear(nn.Module):
         y = (self.trend(trend) + self.rest(x - trend)).mT.float()
         return y[:, None], self.log_scale.expand(y.shape[0], 1, -1)
 
-# %% ../../nbs/moe/31_model.ipynb #31372d93
+# %% ../../nbs/moe/31_model.ipynb #fa9113ef
 class Outputs(NamedTuple):
     "What the network says about a batch, in each window's units."
 
@@ -620,7 +620,7 @@ class Outputs(NamedTuple):
     routing: list[Routing]  # One per layer with experts
     window: Window
 
-
+# %% ../../nbs/moe/31_model.ipynb #3876d4fb
 class MoEForecaster(nn.Module):
     "Foretells a motion: a causal trunk with experts, an own forecast, classical candidates."
 
@@ -678,7 +678,7 @@ class MoEForecaster(nn.Module):
             )
         return Outputs(mean, log_scale, own, own_log_scale, weight, routing, window)
 
-# %% ../../nbs/moe/31_model.ipynb #2f864fc8
+# %% ../../nbs/moe/31_model.ipynb #c5bc8204
 class Forecast(NamedTuple):
     "Positions to come."
 
@@ -688,12 +688,12 @@ class Forecast(NamedTuple):
     samples: Tensor | None  # (B, S, H, D) m
     weight: Tensor  # (B, H, M + 1) what the candidates contributed, the own forecast last
 
-
+# %% ../../nbs/moe/31_model.ipynb #b07b665c
 def degrees_of_freedom(raw: Tensor) -> Tensor:  # Above 2, so that the variance exists
     "Degrees of freedom from an unbounded parameter."
     return 2 + F.softplus(raw.float())
 
-
+# %% ../../nbs/moe/31_model.ipynb #bf220458
 def sample_errors(
     shape: tuple[int, ...],  # (..., H, D)
     correlation: Tensor,  # (H, H)
@@ -791,7 +791,7 @@ class Generation:
         self.hidden, self.routing = self.model.trunk(patches, self.gone, self.cache)
         self.tail = torch.cat([self.tail, x], 1)[:, -2:]
 
-# %% ../../nbs/moe/31_model.ipynb #084bdf48
+# %% ../../nbs/moe/31_model.ipynb #8273df2b
 def draw_errors(
     model: MoEForecaster,
     rows: int,  # Futures
@@ -803,7 +803,7 @@ def draw_errors(
     dof, R = degrees_of_freedom(model.dof[1]), model.correlation[:P, :P]
     return sample_errors((rows, -(-horizon // P), P, D), R, dof, generator)
 
-
+# %% ../../nbs/moe/31_model.ipynb #e9e8f1d7
 @torch.no_grad()
 def generate(
     model: MoEForecaster,  # With a transformer
@@ -835,7 +835,7 @@ def generate(
     new = torch.cat(found, 1)[:, :horizon] * going.window.scale + going.window.center
     return new.view(len(history), samples, horizon, -1)
 
-# %% ../../nbs/moe/31_model.ipynb #13e63a78
+# %% ../../nbs/moe/31_model.ipynb #3c5c7d37
 DEFAULT_CHECKPOINT = "moe/best"
 
 
@@ -845,7 +845,7 @@ def example(cfg: MoEConfig) -> tuple[MoEForecaster, tuple[Tensor]]:
     position = torch.randn(2, cfg.data.context, cfg.data.dims, dtype=torch.float64).cumsum(1)
     return MoEForecaster(cfg.model), (position,)
 
-
+# %% ../../nbs/moe/31_model.ipynb #07ad2d6e
 def foretell(
     model: MoEForecaster,
     data: Trajectories,  # With the field `position` (T, D), m
@@ -862,7 +862,7 @@ def foretell(
     mean, scale = (torch.cat(v).cpu().numpy() for v in zip(*found, strict=True))
     return {"mean": mean, "scale": scale}
 
-
+# %% ../../nbs/moe/31_model.ipynb #b0dd0b69
 def describe(config: ModelConfig) -> dict:  # {"inputs": …, "outputs": …}
     "Shapes, dtypes and units, for the checkpoint's header."
     C, H, D = config.context, config.horizon, config.dims

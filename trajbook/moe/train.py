@@ -60,14 +60,14 @@ def targets(
     asked = batch["n_valid"][:, None] - (C - ends) >= min(P, 8)
     return Targets(truth[:, C : C + H], own, asked.float())
 
-# %% ../../nbs/moe/32_train.ipynb #40978a37
+# %% ../../nbs/moe/32_train.ipynb #a8e6413f
 def size_of(error: Tensor, objective: str) -> Tensor:  # (..., H, D) -> (...)
     "Mean distance over the horizon, or mean square."
     if objective == "mse":
         return error.square().mean((-1, -2))
     return error.norm(dim=-1).mean(-1)
 
-
+# %% ../../nbs/moe/32_train.ipynb #d7313d8a
 def forecast_losses(
     out: Outputs,
     truth: Targets,
@@ -101,7 +101,7 @@ def routing_losses(
     }
     return {k: torch.stack(v).mean() for k, v in parts.items()}
 
-# %% ../../nbs/moe/32_train.ipynb #e45392aa
+# %% ../../nbs/moe/32_train.ipynb #6ba80d18
 def loss_fn(
     model: torch.nn.Module,  # MoEForecaster, perhaps wrapped
     batch: dict,  # position, observed, n_valid, family
@@ -128,12 +128,12 @@ def loss_fn(
             balance(router, routing, loss.bias_rate)
     return total.sum(), weight, means_of(found, truth.future - out.mean) | detached(extra)
 
-
+# %% ../../nbs/moe/32_train.ipynb #7defea04
 def detached(values: dict[str, Tensor]) -> dict[str, Tensor]:
     "The same numbers without their history."
     return {k: v.detach() for k, v in values.items()}
 
-
+# %% ../../nbs/moe/32_train.ipynb #de42337b
 def means_of(found: dict[str, Tensor], away: Tensor) -> dict[str, Tensor]:
     "Means over the windows, and errors of velocity and acceleration."
     means = {k: v.mean().detach() for k, v in found.items()}
@@ -194,7 +194,7 @@ def family_usage(
         table.append(torch.stack([utilization(p) for p in parts]))
     return torch.stack(table).float().cpu().numpy() if table else np.zeros((0, n_families, 0))
 
-# %% ../../nbs/moe/32_train.ipynb #3bd75c8d
+# %% ../../nbs/moe/32_train.ipynb #56b61da0
 def draw_losses(axes: Sequence, rows: list[dict], speed: float) -> None:
     "Losses, errors and the busiest expert, over the steps."
     from trajbook.viz import style
@@ -216,7 +216,7 @@ def draw_losses(axes: Sequence, rows: list[dict], speed: float) -> None:
                 ax.legend(frameon=False, fontsize=8)
         style(ax, title, f"step, {speed:,.0f} windows/s" if title == "loss" else "step")
 
-
+# %% ../../nbs/moe/32_train.ipynb #a1d957fc
 def draw_usage(ax, usage: np.ndarray, families: Sequence[str]) -> None:
     "Which families use which experts, all layers side by side."
     from trajbook.viz import style
@@ -230,7 +230,7 @@ def draw_usage(ax, usage: np.ndarray, families: Sequence[str]) -> None:
         for k in range(1, layers):
             ax.axvline(k * E - 0.5, color="white", linewidth=2)
 
-# %% ../../nbs/moe/32_train.ipynb #ea66437e
+# %% ../../nbs/moe/32_train.ipynb #1b322acd
 def draw_forecast(
     ax, context: np.ndarray, future: np.ndarray, mean: np.ndarray, title: str
 ) -> None:
@@ -251,7 +251,7 @@ def draw_forecast(
     ax.legend(frameon=False, fontsize=7)
     head(ax, title)
 
-
+# %% ../../nbs/moe/32_train.ipynb #742341aa
 def progress_picture(
     rows: list[dict],
     usage: np.ndarray,
@@ -273,7 +273,7 @@ def progress_picture(
         draw_forecast(fig.add_subplot(*shape, 6 + i, **space), *example)
     return fig
 
-# %% ../../nbs/moe/32_train.ipynb #398825b6
+# %% ../../nbs/moe/32_train.ipynb #8a7591d7
 def examples_of(
     model: MoEForecaster,
     batch: dict,  # Tensors
@@ -291,7 +291,7 @@ def examples_of(
         found.append((batch["observed"][i].cpu().numpy(), path[C : C + H], mean[i], families[k]))
     return found
 
-
+# %% ../../nbs/moe/32_train.ipynb #b7ad6d9d
 def monitor(
     figures: Path,  # Folder of pictures
     name: str,  # Of the file, without .png
@@ -380,7 +380,7 @@ def train_variant(
         save=functools.partial(save_model, cfg=cfg, name=name), stop_after_s=time_left(),
     )  # fmt: skip
 
-# %% ../../nbs/moe/32_train.ipynb #b075aac7
+# %% ../../nbs/moe/32_train.ipynb #f246ea7c
 def finish(cfg: MoEConfig, run: Run, name: str, val: list[dict]) -> dict:
     "Calibrate the checkpoints of a variant and record how it learned."
     for kind in ("best", "final"):
@@ -400,7 +400,7 @@ def finish(cfg: MoEConfig, run: Run, name: str, val: list[dict]) -> dict:
         run.record(f"train.{name}.{key}", value, units.get(key, "1"), better.get(key))
     return found
 
-
+# %% ../../nbs/moe/32_train.ipynb #aa8f45e0
 @stage("moe", "train")
 def run_stage(cfg: MoEConfig, run: Run) -> None:
     "Train every variant of the run and record how well it learned."
