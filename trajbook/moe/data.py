@@ -626,7 +626,7 @@ class Stream:
                 raise TrajbookError(f"cannot continue: {had}")
         self.step = int(state["step"])
 
-# %% ../../nbs/moe/30_data.ipynb #9185ab59
+# %% ../../nbs/moe/30_data.ipynb #3b33ad1d
 Router = Literal["topk", "switch", "noisy_topk", "bias", "random", "frozen", "dense"]
 CANDIDATES = ("last", "velocity", "ar4", "ar16", "ar48")
 
@@ -659,7 +659,12 @@ class ModelConfig:
         fits = self.d_model % (2 * self.n_heads) == 0
         require(fits, "model.d_model", self.d_model, f"a multiple of {2 * self.n_heads}")
         for name in ("d_model", "d_ff"):  # 16-byte rows in bfloat16
-            require(getattr(self, name) % 8 == 0, f"model.{name}", getattr(self, name), "of 8")
+            require(
+                getattr(self, name) % 8 == 0,
+                f"model.{name}",
+                getattr(self, name),
+                "a multiple of 8",
+            )
         ok = self.top_k <= self.n_experts or self.router == "dense"
         require(ok, "model.top_k", self.top_k, f"at most n_experts = {self.n_experts}")
         require(

@@ -1,0 +1,110 @@
+"""A deployment starts by itself, answers as the library does, and refuses what was changed."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trajbook.apps.deploy import deploy
+from trajbook.checkpoint import load, save_checkpoint
+from trajbook.core import TrajbookError
+from trajbook.moe.data import ModelConfig
+from trajbook.moe.model import MoEForecaster, describe, forecast
+
+# The book must not be found: the folder is complete without it.
+WITHOUT = "import sys, runpy; sys.modules['trajbook'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    model = MoEForecaster(ModelConfig(d_model=32, n_heads=2, d_ff=32, head_width=32)).eval()
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "model", model, method="moe", **describe(model.config))
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory) -> Path:
+    return deploy(checkpoint, "tested", tmp_path_factory.mktemp("deploy") / "tested")
+
+
+def start(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    go = [sys.executable, "-c", WITHOUT, folder / "start_server.py", *words]
+    return subprocess.run(go, capture_output=True, text=True, timeout=120)
+
+
+def test_it_starts_without_the_book_and_answers_like_it(folder, checkpoint):
+    port = 21000 + hash(str(folder)) % 2000
+    go = [sys.executable, "-c", WITHOUT, folder / "start_server.py", "--port", str(port)]
+    server = subprocess.Popen(go, stdout=subprocess.PIPE, text=True)
+    try:
+        history = np.random.default_rng(0).normal(size=(60, 3)).cumsum(0)
+        body = json.dumps({"history": history.tolist(), "samples": 3}).encode()
+        for _ in range(300):
+            try:
+                request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/forecast", body, {"Content-Type": "application/json"})
+                answer = json.loads(urllib.request.urlopen(request, timeout=5).read())
+                break
+            except OSError:
+                time.sleep(0.1)
+        found = forecast(load(checkpoint), torch.from_numpy(history[None]))
+        np.testing.assert_allclose(answer["mean"], found.mean[0], rtol=1e-5, atol=1e-5)
+        assert np.shape(answer["samples"]) == (3, 32, 3)
+        with pytest.raises(urllib.error.HTTPError, match="422"):
+            bad = json.dumps({"history": [[0, 0]]}).encode()
+            urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/v1/forecast", bad, {"Content-Type": "application/json"}))
+    finally:
+        server.terminate()
+        assert server.wait(30) == 0
+
+
+@pytest.mark.parametrize("name", ["model.pt2", "app.py", "golden.json", "requirements.txt"])
+def test_a_changed_file_is_refused_by_name(folder, name):
+    file = folder / name
+    before = file.read_bytes()
+    file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    try:
+        done = start(folder, "--check")
+    finally:
+        file.write_bytes(before)
+    assert done.returncode == 1 and f"{name} was changed" in done.stderr
+
+
+def test_a_wrong_answer_is_noticed(folder):
+    import hashlib
+
+    golden, manifest = folder / "golden.json", folder / "manifest.json"
+    before = golden.read_text(), manifest.read_text()
+    case = json.loads(before[0])
+    case["answer"]["mean"][3][0] += 0.01
+    golden.write_text(json.dumps(case))
+    facts = json.loads(before[1])
+    facts["sha256"]["golden.json"] = hashlib.sha256(golden.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(facts))
+    try:
+        done = start(folder, "--check")
+    finally:
+        golden.write_text(before[0])
+        manifest.write_text(before[1])
+    assert done.returncode == 1 and "another mean" in done.stderr
+    assert start(folder, "--check").returncode == 0
+
+
+def test_the_folder_appears_whole_or_not_at_all(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("trajbook.apps.deploy.model_card", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        deploy(checkpoint, "half", tmp_path / "half")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TrajbookError, match="no name"):
+        deploy(checkpoint, "../evil", tmp_path / "x")
+
+
+def test_bf16_is_within_its_own_tolerance(checkpoint, tmp_path):
+    folder = deploy(checkpoint, "half-size", tmp_path / "bf16", precision="bf16")
+    assert start(folder, "--check").returncode == 0
+    assert json.loads((folder / "manifest.json").read_text())["precision"] == "bf16"

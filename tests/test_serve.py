@@ -1,0 +1,313 @@
+"""The server: the library's numbers, alone and in company; limits that hold; an end that loses nothing."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trajbook.apps.serve import (
+    InferenceServer,
+    Settings,
+    ask,
+    example_motions,
+    make_app,
+    open_service,
+)
+from trajbook.checkpoint import save_checkpoint
+from trajbook.core import TrajbookError
+from trajbook.mae.model import TrajectoryMAE
+from trajbook.mae.model import describe as describe_mae
+from trajbook.moe.data import FAMILIES, ModelConfig
+from trajbook.moe.model import MoEForecaster, describe, forecast, generate
+
+EXTRA = {"families": list(FAMILIES), "sampling_rate_hz": 100.0}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    "A forecaster whose experts are far apart in score, so that rounding never swaps them."
+    torch.manual_seed(0)
+    model = MoEForecaster(ModelConfig(d_model=32, n_heads=2, d_ff=32, head_width=32)).eval()
+    path = tmp_path_factory.mktemp("serve") / "model"
+    return save_checkpoint(path, model, method="moe", extra=EXTRA, **describe(model.config))
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint):
+    with TestClient(make_app(InferenceServer(checkpoint, "cpu")), raise_server_exceptions=False) as found:
+        yield found
+
+
+def histories(n: int) -> list[np.ndarray]:
+    draw = np.random.default_rng(0)
+    return [draw.normal(size=(int(draw.integers(3, 150)), 3)).cumsum(0) for _ in range(n)]
+
+
+def test_server_and_library_give_the_same_numbers(client, checkpoint):
+    model = open_service(checkpoint, "cpu").model
+    for h in histories(6):
+        answer = client.post("/v1/forecast", json={"history": h.tolist(), "horizon": 40}).json()
+        found = forecast(model, torch.from_numpy(h[None]), 40)
+        np.testing.assert_allclose(answer["mean"], found.mean[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(answer["scale"], found.scale[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_gives_the_numbers_of_single_requests(client):
+    asked = [
+        {"history": h.tolist(), "horizon": 5 + 9 * i, "samples": i % 3, "seed": i, "quantiles": [0.1], "temperature": 0.5}
+        for i, h in enumerate(histories(8))
+    ]
+    alone = [client.post("/v1/forecast", json=a).json() for a in asked]
+    together = client.post("/v1/forecast/batch", json={"requests": asked}).json()["answers"]
+    for a, b in zip(alone, together, strict=True):
+        assert a.keys() == b.keys()
+        for key in ("mean", "samples"):
+            if key in a:
+                np.testing.assert_allclose(a[key], b[key], rtol=1e-5, atol=1e-5)
+
+
+def test_many_at_once_give_the_numbers_of_one(checkpoint):
+    async def crowd() -> tuple[list, list]:
+        server = InferenceServer(checkpoint, "cpu")
+        asked = [{"history": h.tolist(), "samples": 2, "seed": i, "mode": m} for i, h in enumerate(histories(12)) for m in ("one_shot", "autoregressive")]
+        alone = [await server.handle_request(a) for a in asked]
+        together = await asyncio.gather(*(server.handle_request(a) for a in asked))
+        await server.stop()
+        return alone, together
+
+    for a, b in zip(*asyncio.run(crowd()), strict=True):
+        np.testing.assert_allclose(a["samples"], b["samples"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_documents_form_over_http_and_in_python(client, checkpoint):
+    request = {"tokens": [[1.0, 2.0, 3.0], [1.1, 2.1, 2.9], [1.2, 2.3, 2.7]], "max_new_tokens": 16, "temperature": 1.0}
+    over_http = client.post("/v1/generate", json=request).json()["generated_tokens"]
+
+    async def in_python() -> dict:
+        server = InferenceServer(model_path=checkpoint, device="auto")
+        answer = await server.handle_request(request)
+        await server.stop()
+        return answer
+
+    assert asyncio.run(in_python())["generated_tokens"] == over_http
+    assert np.shape(over_http) == (16, 3)
+    again = client.post("/v1/generate", json=request | {"seed": 1}).json()["generated_tokens"]
+    assert again != over_http
+    moved = [[a + 5 for a in p] for p in request["tokens"]]
+    shifted = client.post("/v1/generate", json=request | {"tokens": moved}).json()["generated_tokens"]
+    np.testing.assert_allclose(np.array(shifted) - 5, over_http, atol=1e-3)  # the input matters
+
+
+def test_cold_futures_are_the_mean_path(client, checkpoint):
+    h = histories(1)[0]
+    cold = client.post("/v1/forecast", json={"history": h.tolist(), "mode": "autoregressive", "temperature": 0, "samples": 2}).json()
+    wanted = generate(open_service(checkpoint, "cpu").model, torch.from_numpy(h[None]), temperature=0.0)
+    np.testing.assert_allclose(cold["samples"], wanted.repeat(1, 2, 1, 1)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/v1/forecast", "{", 422, ""),
+        ("/v1/forecast", '{"history": [[NaN, 0, 0]]}', 422, "finite"),
+        ("/v1/forecast", '{"history": [[1e999, 0, 0]]}', 422, "finite"),
+        ("/v1/forecast", '{"history": [[1e300, 0, 0]]}', 422, "1000000000"),
+        ("/v1/forecast", '{"history": []}', 422, "history"),
+        ("/v1/forecast", '{"history": [[0, 0], [0, 0, 0]]}', 422, "coordinates"),
+        ("/v1/forecast", '{"history": [[0, 0, 0]], "horizn": 3}', 422, "horizn"),
+        ("/v1/forecast", '{"history": [[0, 0, 0]], "horizon": 0}', 422, "horizon"),
+        ("/v1/forecast", '{"history": [[0, 0, 0]], "horizon": 512, "samples": 64}', 422, "8192"),
+        ("/v1/forecast", '{"history": [[0, 0, 0]], "quantiles": [1]}', 422, "quantiles"),
+        ("/v1/forecast", "[" * 20000, 400, ""),
+        ("/v1/forecast", b"\xff\xfe", 400, ""),
+        ("/v1/embed", '{"states": [[0, 0, 0, 0]]}', 422, "cannot embed"),
+        ("/v1/nothing", "{}", 404, ""),
+    ],
+)
+def test_every_mistake_is_said_in_a_sentence(client, path, body, status, words):
+    reply = client.post(path, content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == status or (status == 400 and reply.status_code == 422)
+    assert words in reply.json()["detail"] and "Traceback" not in reply.text
+    assert client.get("/ready").status_code == 200
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = st.sampled_from(["history", "horizon", "samples", "quantiles", "temperature", "mode", "seed", "tokens", "requests", "states", "dt_s"])
+
+
+@given(st.dictionaries(FIELDS, ANY | st.lists(st.lists(st.floats(), max_size=4), max_size=5), max_size=5), st.sampled_from(["forecast", "generate", "forecast/batch", "embed"]))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_nonsense_gets_only_refusals(client, body, route):
+    reply = client.post(f"/v1/{route}", content=json.dumps(body), headers={"content-type": "application/json"})
+    assert reply.status_code in (200, 400, 404, 413, 422)
+
+
+def test_the_schema_holds_against_schemathesis(checkpoint):
+    schemathesis = pytest.importorskip("schemathesis")
+    app = make_app(InferenceServer(checkpoint, "cpu"))
+    with TestClient(app) as inside:
+        schema = schemathesis.openapi.from_dict(inside.get("/openapi.json").json())
+        routes = [o.ok() for o in schema.get_all_operations()]
+        assert {r.path for r in routes} >= {"/v1/forecast", "/v1/generate", "/health"}
+
+        @given(data=st.data())
+        @settings(max_examples=60, deadline=None)
+        def hammer(data):
+            for route in routes:
+                case = data.draw(route.as_strategy())
+                options = {"params": case.query, "headers": dict(case.headers or {})}
+                if route.method.upper() == "POST":
+                    options["json"] = case.body
+                try:
+                    reply = inside.request(route.method.upper(), route.path, **options)
+                except (ValueError, UnicodeEncodeError, TypeError):  # the client cannot even send it
+                    continue
+                assert reply.status_code < 500, (route.path, case.body)
+
+        hammer()
+
+
+def test_a_body_that_is_too_large_or_without_length_is_refused(client):
+    large = client.post("/v1/forecast", content=b" " * 1_000_001, headers={"content-type": "application/json"})
+    assert large.status_code == 413
+    chunked = client.post("/v1/forecast", content=iter([b"{}"]), headers={"content-type": "application/json"})
+    assert chunked.status_code == 413
+
+
+def test_a_key_is_asked_for(checkpoint):
+    app = make_app(InferenceServer(checkpoint, "cpu"), Settings(api_key="secret"))
+    asked = {"history": [[0.0, 0.0, 0.0]]}
+    with TestClient(app) as client:
+        assert client.post("/v1/forecast", json=asked).status_code == 401
+        assert client.post("/v1/forecast", json=asked, headers={"x-api-key": "Secret"}).status_code == 401
+        assert client.post("/v1/forecast", json=asked, headers={"x-api-key": "secret"}).status_code == 200
+        assert client.get("/health").status_code == client.get("/metrics").status_code == 200
+
+
+def test_overload_is_refused_at_once(checkpoint):
+    server = InferenceServer(checkpoint, "cpu", max_queue=3)
+    busy, go = threading.Event(), threading.Event()
+    answer = server.service.answer
+
+    def slow(requests):
+        busy.set()
+        go.wait(10)
+        return answer(requests)
+
+    asked = {"history": [[0.0, 0.0, 0.0]]}
+    with TestClient(make_app(server)) as client, ThreadPoolExecutor(8) as pool:
+        server.service.answer = slow
+        first = pool.submit(client.post, "/v1/forecast", json=asked)
+        busy.wait(10)
+        rest = [pool.submit(client.post, "/v1/forecast", json=asked) for _ in range(6)]
+        for _ in range(200):
+            if sum(r.done() for r in rest) >= 3:
+                break
+            time.sleep(0.02)
+        go.set()
+        statuses = sorted(r.result().status_code for r in rest)
+        assert first.result().status_code == 200 and statuses == [200] * 3 + [429] * 3
+        refused = next(r.result() for r in rest if r.result().status_code == 429)
+        assert refused.headers["retry-after"] == "1"
+        assert client.post("/v1/forecast", json=asked).status_code == 200
+
+
+def test_one_bad_pass_is_one_error(checkpoint):
+    server = InferenceServer(checkpoint, "cpu")
+    with TestClient(make_app(server), raise_server_exceptions=False) as client:
+        answer, server.service.answer = server.service.answer, lambda requests: 1 / 0
+        assert client.post("/v1/forecast", json={"history": [[0.0, 0.0, 0.0]]}).status_code == 500
+        server.service.answer = answer
+        assert client.post("/v1/forecast", json={"history": [[0.0, 0.0, 0.0]]}).status_code == 200
+
+
+def test_what_a_monitor_reads(client):
+    client.post("/v1/forecast", json={"history": [[0.0, 0.0, 0.0]]})
+    text = client.get("/metrics").text
+    assert 'trajbook_requests_total{path="/v1/forecast",status="200"}' in text
+    assert "trajbook_batch_size_count" in text and "trajbook_waiting 0.0" in text
+    assert client.get("/v1/model").json()["inputs"]["position"]["unit"] == "m"
+
+
+def test_an_encoder_is_served_too(tmp_path):
+    from trajbook.config import resolve
+
+    torch.manual_seed(0)
+    model = TrajectoryMAE(resolve("mae", "tiny").model).eval()
+    path = save_checkpoint(tmp_path / "mae", model, method="mae", **describe_mae(model.config))
+    with TestClient(make_app(InferenceServer(path, "cpu"))) as client:
+        states = np.random.default_rng(0).normal(size=(60, 4)).tolist()
+        assert len(client.post("/v1/embed", json={"states": states}).json()["embedding"]) == model.config.d_model
+        assert "cannot forecast" in client.post("/v1/forecast", json={"history": [[0, 0, 0]]}).json()["detail"]
+        assert client.get("/v1/examples").json() == {"examples": []}
+
+
+def test_examples_have_a_truth(checkpoint):
+    found = example_motions(open_service(checkpoint, "cpu"))
+    assert [m["name"] for m in found] == list(FAMILIES)
+    gap = np.linalg.norm(np.subtract(found[0]["future"][0], found[0]["history"][-1]))
+    assert 0 < gap < 1
+
+
+@pytest.fixture
+def process(checkpoint):
+    "A server in a process of its own, and its address."
+    port = 18000 + os.getpid() % 2000
+    words = [sys.executable, "-m", "trajbook.apps.cli", "serve", str(checkpoint), "--port", str(port)]
+    code = "import sys; from trajbook.apps.cli import main; sys.exit(main())"
+    words[1:3] = ["-c", code]
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            ask(url, {"history": [[0.0, 0.0, 0.0]]}, timeout_s=2)
+            break
+        except TrajbookError:
+            assert server.poll() is None, server.stderr.read()
+            time.sleep(0.1)
+    yield server, url
+    server.kill()
+    server.communicate()
+
+
+def test_a_stop_loses_no_accepted_request(process):
+    server, url = process
+    request = {"history": histories(1)[0].tolist(), "mode": "autoregressive", "samples": 16, "horizon": 256}
+    begun = threading.Barrier(9)
+
+    def one(i: int) -> dict:
+        begun.wait()
+        return ask(url, request | {"seed": i})
+
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(one, i) for i in range(8)]
+        begun.wait()
+        time.sleep(0.15)  # they are on their way
+        server.send_signal(signal.SIGTERM)
+        answers = [j.result() for j in jobs]
+    assert all(np.shape(a["samples"]) == (16, 256, 3) for a in answers)
+    assert server.wait(30) == 0
+    with pytest.raises(TrajbookError, match="does not answer"):
+        ask(url, request, timeout_s=1)
+
+
+def test_the_client_repeats_what_the_server_says(process):
+    with pytest.raises(TrajbookError, match=r"refused \(422\).*coordinates"):
+        ask(process[1], {"history": [[0.0]]})
