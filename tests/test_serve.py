@@ -303,7 +303,7 @@ def test_a_stop_loses_no_accepted_request(process):
         server.send_signal(signal.SIGTERM)
         answers = [j.result() for j in jobs]
     assert all(np.shape(a["samples"]) == (16, 256, 3) for a in answers)
-    assert server.wait(30) == 0
+    assert server.wait(30) in (0, -signal.SIGTERM)  # uvicorn ends by the signal, after its work
     with pytest.raises(TrajbookError, match="does not answer"):
         ask(url, request, timeout_s=1)
 

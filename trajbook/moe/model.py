@@ -468,7 +468,7 @@ def bounded(
     )
     return inside.nan_to_num(0.0, 0.0, 0.0)
 
-# %% ../../nbs/moe/31_model.ipynb #40103579
+# %% ../../nbs/moe/31_model.ipynb #d63e5cee
 def candidate(
     name: str,  # last, velocity, or ar and an order
     x: Tensor,  # (B, T, D) float64, centered, 0 where padded
@@ -483,12 +483,14 @@ def candidate(
         return x[:, -1:].expand(-1, horizon, -1), before[:, -1:].expand(-1, horizon, -1)
     line, line_before = extrapolate(x, n_valid, horizon), extrapolate(before, n_before, horizon)
     order = int(name[2:]) if name != "velocity" else 0
-    if not order or T <= max(2 * order, horizon + order):
+    least = max(2 * order, horizon + order)  # samples for a fit, and for its backtest
+    if not order or T <= least:
         return line, line_before
     weights = response(fit_recurrence(sums, T - n_valid, order), horizon)
     found = weights @ x[:, -order:].flip(1)
     earlier = weights @ before[:, -order:].flip(1)
-    enough = ((n_valid >= 2 * order) & weights.isfinite().all((1, 2)))[:, None, None]
+    enough = (n_valid > least) & weights.isfinite().all((1, 2))
+    enough = enough[:, None, None]
     return torch.where(enough, found, line), torch.where(enough, earlier, line_before)
 
 # %% ../../nbs/moe/31_model.ipynb #435e3b5a
@@ -693,7 +695,7 @@ def degrees_of_freedom(raw: Tensor) -> Tensor:  # Above 2, so that the variance 
     "Degrees of freedom from an unbounded parameter."
     return 2 + F.softplus(raw.float())
 
-# %% ../../nbs/moe/31_model.ipynb #bf220458
+# %% ../../nbs/moe/31_model.ipynb #6dc84d31
 def sample_errors(
     shape: tuple[int, ...],  # (..., H, D)
     correlation: Tensor,  # (H, H)
@@ -703,9 +705,9 @@ def sample_errors(
     "Multivariate t errors that are correlated in time."
     root = torch.linalg.cholesky(correlation.double().cpu() + 1e-6 * torch.eye(len(correlation)))
     normal = torch.randn(shape, generator=generator, dtype=torch.float64)
-    half = torch.full((*shape[:-2], 1, 1), float(dof) / 2, dtype=torch.float64)
+    half = torch.full((*shape[:-2], 1, 1), float(dof.detach()) / 2, dtype=torch.float64)
     chi2 = 2 * torch._standard_gamma(half, generator=generator)
-    return ((root @ normal) * (float(dof) / chi2).sqrt()).to(correlation.device)
+    return ((root @ normal) * (float(dof.detach()) / chi2).sqrt()).to(correlation.device)
 
 # %% ../../nbs/moe/31_model.ipynb #ff4e9f30
 def t_log_density(
