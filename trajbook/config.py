@@ -7,7 +7,7 @@ __all__ = ['Precision', 'Schedule', 'Device', 'C', 'NUMERIC_GROUND', 'OURS', 're
            'from_dict', 'nearest', 'field_types', 'override', 'load_config_file', 'merge', 'Method', 'methods',
            'load_method', 'resolve', 'config_hash', 'Outline', 'outline', 'reach', 'used_code', 'code_hash']
 
-# %% ../nbs/01_config.ipynb #fb075136
+# %% ../nbs/01_config.ipynb #caba8246
 import ast
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 import trajbook
 from .core import TrajbookError
 
-# %% ../nbs/01_config.ipynb #24027d71
+# %% ../nbs/01_config.ipynb #b2243de1
 def require(
     holds: bool,  # The condition
     name: str,  # Field, as a user would write it
@@ -38,12 +38,12 @@ def require(
     if not holds:
         raise TrajbookError(f"{name} = {value!r} is not possible: it must be {allowed}")
 
-# %% ../nbs/01_config.ipynb #47f1460b
+# %% ../nbs/01_config.ipynb #fd1df8fb
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine", "plateau"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
-# %% ../nbs/01_config.ipynb #048bb7ba
+# %% ../nbs/01_config.ipynb #a9c295f3
 @dataclass(frozen=True)
 class TrainConfig:
     "How a model is optimized; everything is counted in optimizer steps."
@@ -94,10 +94,10 @@ class TrainConfig:
             all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "two numbers in [0, 1)"
         )
 
-# %% ../nbs/01_config.ipynb #4d3c0c11
+# %% ../nbs/01_config.ipynb #328c1f7f
 C = TypeVar("C")
 
-# %% ../nbs/01_config.ipynb #b8206bc9
+# %% ../nbs/01_config.ipynb #24217089
 @lru_cache(maxsize=256)
 def _adapter(kind: object) -> TypeAdapter:
     "Pydantic's checker for a type; cached, since building one is slow."
@@ -105,7 +105,7 @@ def _adapter(kind: object) -> TypeAdapter:
         kind.__pydantic_config__ = ConfigDict(extra="forbid")
     return TypeAdapter(kind)
 
-# %% ../nbs/01_config.ipynb #2c434234
+# %% ../nbs/01_config.ipynb #edfaa602
 def _sentence(error: ValidationError, prefix: str) -> str:
     "The first problem of a validation, as one sentence with the field's dotted name."
     first = error.errors()[0]
@@ -113,7 +113,7 @@ def _sentence(error: ValidationError, prefix: str) -> str:
     reason = first["msg"].removeprefix("Value error, ")
     return f"{name} = {first['input']!r} is not possible: {reason[0].lower() + reason[1:]}"
 
-# %% ../nbs/01_config.ipynb #4bb91f56
+# %% ../nbs/01_config.ipynb #3ecc0f52
 def coerce(
     kind: object,  # The type wanted
     value: object,  # What came from outside
@@ -132,18 +132,18 @@ def coerce(
     except ValidationError as e:
         raise TrajbookError(_sentence(e, name)) from None
 
-# %% ../nbs/01_config.ipynb #e92759e1
+# %% ../nbs/01_config.ipynb #51a9fddf
 def to_dict(cfg: object) -> dict:
     "A config as plain values that JSON can hold."
     return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
 
-# %% ../nbs/01_config.ipynb #cec9f053
+# %% ../nbs/01_config.ipynb #be7ddd25
 def from_dict(kind: type[C], values: Mapping) -> C:
     "The config that `values` describe; unknown names, wrong types and impossible values are refused."
     _known(kind, values, "")
     return coerce(kind, dict(values), "")
 
-# %% ../nbs/01_config.ipynb #b2eab3c0
+# %% ../nbs/01_config.ipynb #a77959c4
 def nearest(
     name: str,  # What was asked for
     known: list[str],  # What exists
@@ -154,7 +154,7 @@ def nearest(
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
     return f"unknown {what} {name!r}: {hint}"
 
-# %% ../nbs/01_config.ipynb #12c8d89d
+# %% ../nbs/01_config.ipynb #135fe08c
 def field_types(cfg: object) -> dict[str, object]:
     "Every dotted field name of a config (class or instance) with its type."
     kind = cfg if isinstance(cfg, type) else type(cfg)
@@ -166,7 +166,7 @@ def field_types(cfg: object) -> dict[str, object]:
             found[name] = hint
     return found
 
-# %% ../nbs/01_config.ipynb #88f4ae28
+# %% ../nbs/01_config.ipynb #ceab604e
 def _known(kind: type, values: Mapping, prefix: str) -> None:
     "Refuse names in nested `values` that `kind` does not have, naming the nearest."
     hints = get_type_hints(kind)
@@ -176,7 +176,7 @@ def _known(kind: type, values: Mapping, prefix: str) -> None:
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
             _known(hints[name], value, f"{prefix}{name}.")
 
-# %% ../nbs/01_config.ipynb #f36fb2ba
+# %% ../nbs/01_config.ipynb #0b4648ce
 def override(
     cfg: C,  # Config to start from
     changes: Mapping[str, object],  # Dotted field name → value
@@ -193,18 +193,18 @@ def override(
         place[leaf] = coerce(types[name], value, name)
     return _replace(cfg, tree)
 
-# %% ../nbs/01_config.ipynb #6f4648a0
+# %% ../nbs/01_config.ipynb #d600a5a2
 def _replace(cfg: C, changes: dict) -> C:
     new = {
         k: _replace(getattr(cfg, k), v) if _is_branch(cfg, k, v) else v for k, v in changes.items()
     }
     return dataclasses.replace(cfg, **new)
 
-# %% ../nbs/01_config.ipynb #da19e1e8
+# %% ../nbs/01_config.ipynb #a360c592
 def _is_branch(cfg: object, name: str, value: object) -> bool:
     return isinstance(value, dict) and dataclasses.is_dataclass(getattr(cfg, name))
 
-# %% ../nbs/01_config.ipynb #c32c0cb8
+# %% ../nbs/01_config.ipynb #0a0aa250
 def load_config_file(path: str | Path) -> dict:
     "A nested mapping from a YAML or JSON file."
     path = Path(path)
@@ -218,13 +218,13 @@ def load_config_file(path: str | Path) -> dict:
         raise TrajbookError(f"{path} holds no settings: expected names and values")
     return values
 
-# %% ../nbs/01_config.ipynb #67e3506f
+# %% ../nbs/01_config.ipynb #ee261291
 def merge(cfg: C, values: Mapping) -> C:
     "A config with a nested mapping laid over it; checked as a whole."
     _known(type(cfg), values, "")
     return coerce(type(cfg), _overlay(to_dict(cfg), values), "")
 
-# %% ../nbs/01_config.ipynb #5ad9f9b5
+# %% ../nbs/01_config.ipynb #4594e534
 def _overlay(base: dict, values: Mapping) -> dict:
     "`values` over `base`, branch by branch."
     for name, value in values.items():
@@ -232,7 +232,7 @@ def _overlay(base: dict, values: Mapping) -> dict:
         base[name] = _overlay(base[name], value) if deeper else value
     return base
 
-# %% ../nbs/01_config.ipynb #2afd28c1
+# %% ../nbs/01_config.ipynb #11c8805e
 @dataclass(frozen=True)
 class Method:
     "What the runner and the command line need to know about a method."
@@ -245,7 +245,7 @@ class Method:
     headline: tuple[str, ...] = ()  # result keys shown after a run
     notebooks: Mapping[str, str] = field(default_factory=dict)  # stage → "mae/12_train"
 
-# %% ../nbs/01_config.ipynb #965a3115
+# %% ../nbs/01_config.ipynb #fb049e1b
 def methods() -> tuple[str, ...]:
     "Names of the methods: the subpackages of trajbook that have a `data` module."
     found = []
@@ -256,14 +256,14 @@ def methods() -> tuple[str, ...]:
                 found.append(info.name)
     return tuple(sorted(found))
 
-# %% ../nbs/01_config.ipynb #3a4ec8e8
+# %% ../nbs/01_config.ipynb #95ce52c5
 def load_method(name: str) -> Method:
     "The `METHOD` of `trajbook.<name>.data`."
     if name not in methods():
         raise TrajbookError(nearest(str(name), [*methods()], "method"))
     return importlib.import_module(f"trajbook.{name}.data").METHOD
 
-# %% ../nbs/01_config.ipynb #041b9636
+# %% ../nbs/01_config.ipynb #c3756a09
 def resolve(
     method: str | Method,  # Method, or its name
     preset: str = "tiny",
@@ -288,17 +288,17 @@ def resolve(
     later = {k: v for k, v in later.items() if v is not None}
     return override(cfg, {**(overrides or {}), **later})
 
-# %% ../nbs/01_config.ipynb #562d17e6
+# %% ../nbs/01_config.ipynb #e9e30e65
 NUMERIC_GROUND = ("core", "config", "data", "nn", "metrics", "checkpoint", "train")
 
-# %% ../nbs/01_config.ipynb #2323c582
+# %% ../nbs/01_config.ipynb #c312f967
 def config_hash(value: object) -> str:  # 12 hexadecimal digits
     "Fingerprint of a config, a part of one or any plain value."
     plain = to_dict(value) if dataclasses.is_dataclass(value) else value
     text = json.dumps(plain, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-# %% ../nbs/01_config.ipynb #3b528fed
+# %% ../nbs/01_config.ipynb #1ff7651f
 def _without_docstrings(source: str) -> ast.Module:
     "The syntax tree of `source`, without comments and docstrings."
     tree = ast.parse(source)
@@ -309,7 +309,7 @@ def _without_docstrings(source: str) -> ast.Module:
                 body[0].value.value = ""
     return tree
 
-# %% ../nbs/01_config.ipynb #4133a9bd
+# %% ../nbs/01_config.ipynb #48d42b01
 OURS = "trajbook."
 
 
@@ -328,7 +328,7 @@ def _names_defined(node: ast.stmt) -> list[str]:
     targets = getattr(node, "targets", [getattr(node, "target", None)])
     return [n.id for t in targets if t is not None for n in ast.walk(t) if isinstance(n, ast.Name)]
 
-# %% ../nbs/01_config.ipynb #4db6845c
+# %% ../nbs/01_config.ipynb #9d33dd25
 @lru_cache(maxsize=64)
 def outline(
     source: str,  # Text of the module
@@ -353,7 +353,7 @@ def outline(
             found.rest.append(node)
     return found
 
-# %% ../nbs/01_config.ipynb #22e56478
+# %% ../nbs/01_config.ipynb #dea7ccb2
 def reach(
     modules: Mapping[str, Outline],  # By name, such as "nn" and "mae.model"
     start: Iterable[str],  # Modules that count as a whole
@@ -378,7 +378,7 @@ def reach(
             todo += [(module, other) for other in {"", *used}]
     return dict(sorted(found.items()))
 
-# %% ../nbs/01_config.ipynb #811633dd
+# %% ../nbs/01_config.ipynb #d2d40907
 def used_code(method: str | None = None) -> dict[tuple[str, str], list[ast.stmt]]:
     "The definitions that can change a method's numbers, or all of the ground."
     package = Path(trajbook.__path__[0])
@@ -392,7 +392,7 @@ def used_code(method: str | None = None) -> dict[tuple[str, str], list[ast.stmt]
     modules = {k: outline(text, k.rpartition(".")[0]) for k, text in texts.items()}
     return reach(modules, [k for k in start if k in modules])
 
-# %% ../nbs/01_config.ipynb #67a91bd5
+# %% ../nbs/01_config.ipynb #e31cacf1
 def code_hash(method: str | None = None) -> str:  # 12 hexadecimal digits
     "Fingerprint of the code that makes a method's numbers; comments and docstrings do not count."
     digest = hashlib.sha256()

@@ -550,7 +550,7 @@ def add_decoding(
     suite.add("decode.recompute", recompute)
     suite.add("decode.one_shot", lambda: forecast(model, past))
 
-# %% ../../nbs/apps/61_bench.ipynb #ae3d8781
+# %% ../../nbs/apps/61_bench.ipynb #c1be8543
 def training_step(
     model: nn.Module, batch: dict, loss: object, dtype: torch.dtype | None
 ) -> Callable:
@@ -567,7 +567,7 @@ def training_step(
 
     return call
 
-
+# %% ../../nbs/apps/61_bench.ipynb #2f6aae99
 def add_stream_and_service(
     suite: Suite,  # Changed in place
     device: str,
@@ -591,7 +591,7 @@ def add_stream_and_service(
         suite.add(f"serve.{name}.together", lambda way=way: way(served, asked))
         suite.add(f"serve.{name}.alone", lambda way=way: [way(served, x[None]) for x in asked])
 
-# %% ../../nbs/apps/61_bench.ipynb #baf9c28d
+# %% ../../nbs/apps/61_bench.ipynb #a1f3f315
 def moe_ratios(support: str | None) -> list[Ratio]:
     "The headline ratios of the mixture, then further ones."
     best = "times as fast as Mixtral's layer, the faster of its two ways, forward and backward"
@@ -661,7 +661,7 @@ def moe_ratios(support: str | None) -> list[Ratio]:
         ]
     return found
 
-
+# %% ../../nbs/apps/61_bench.ipynb #cc80a823
 def moe_suite(
     device: str = "cpu",
     shrink: int = 1,  # Divides all amounts of work, for tests
