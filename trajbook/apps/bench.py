@@ -8,9 +8,9 @@ __all__ = ['LAYERS', 'PARTS', 'SUITES', 'stopwatch', 'measure', 'time_ratio', 'b
            'fastpath_off', 'BertSdpa', 'motion_with_holes', 'forward_side', 'train_side', 'add_yardsticks',
            'add_forward_sides', 'add_bf16_sides', 'fp32_ratios', 'bf16_ratios', 'mae_ratios', 'mae_suite', 'layer_side',
            'mixtral_layer', 'NaiveLoop', 'add_layers', 'add_decoding', 'training_step', 'add_stream_and_service',
-           'moe_ratios', 'moe_suite', 'quiet_stderr', 'part_of', 'time_shares', 'measurable_device', 'run_bench',
-           'bench_path', 'write_bench', 'read_bench', 'ratio_row', 'rate_row', 'bench_table', 'ratio_picture',
-           'speed_picture', 'shares_picture']
+           'layer_ratios', 'moe_ratios', 'moe_suite', 'quiet_stderr', 'part_of', 'time_shares', 'measurable_device',
+           'run_bench', 'bench_path', 'write_bench', 'read_bench', 'ratio_row', 'rate_row', 'bench_table',
+           'ratio_picture', 'speed_picture', 'shares_picture']
 
 # %% ../../nbs/apps/61_bench.ipynb #25b30d68
 import contextlib
@@ -591,9 +591,9 @@ def add_stream_and_service(
         suite.add(f"serve.{name}.together", lambda way=way: way(served, asked))
         suite.add(f"serve.{name}.alone", lambda way=way: [way(served, x[None]) for x in asked])
 
-# %% ../../nbs/apps/61_bench.ipynb #a1f3f315
-def moe_ratios(support: str | None) -> list[Ratio]:
-    "The headline ratios of the mixture, then further ones."
+# %% ../../nbs/apps/61_bench.ipynb #4ea2b1ad
+def layer_ratios(support: str | None) -> list[Ratio]:  # `support` from `bf16_support`
+    "Ratios of one mixture layer, forward and backward."
     best = "times as fast as Mixtral's layer, the faster of its two ways, forward and backward"
     found = [
         Ratio(f"block_fp32_vs_mixtral_grouped.{n}", f"mixtral.{n}", f"layer.{n}", best)
@@ -605,49 +605,13 @@ def moe_ratios(support: str | None) -> list[Ratio]:
         "layer.full.bf16",
         f"bf16, {best} in fp32",
     )
-    found += [half if support == "native" else replace(half, over="native bf16")]
     found += [
-        Ratio(
-            "block_vs_naive_loop_32_experts",
-            "loop.32_experts",
-            "ours.32_experts",
-            "times as fast as a loop over 32 experts",
-        ),
-        Ratio(
-            "block_vs_dense_equal_active.full",
-            "dense.full",
-            "layer.full",
-            "of the speed of a dense network of equal work",
-        ),
-        Ratio(
-            "kv_decode_vs_recompute.b32",
-            "decode.recompute",
-            "decode.cache",
-            "times as fast with a cache",
-        ),
-        Ratio(
-            "generator_vs_training_speed",
-            "train.step",
-            "stream.block",
-            "windows made per window learned from",
-            BLOCK / 64,
-        ),
-        *(
-            Ratio(
-                f"serve_batched_vs_unbatched.{n}",
-                f"serve.{n}.alone",
-                f"serve.{n}.together",
-                "times as many requests in batches of 32",
-            )
-            for n in ("one_shot", "kv_sampling")
-        ),
-        Ratio(
-            "one_shot_vs_kv_decode.b32",
-            "decode.cache",
-            "decode.one_shot",
-            "times as fast in one shot",
-        ),
-    ]
+        half if support == "native" else replace(half, over="native bf16"),
+        Ratio("block_vs_naive_loop_32_experts", "loop.32_experts", "ours.32_experts",
+              "times as fast as a loop over 32 experts"),
+        Ratio("block_vs_dense_equal_active.full", "dense.full", "layer.full",
+              "of the speed of a dense network of equal work"),
+    ]  # fmt: skip
     if support == "avx512":
         found += [replace(half, key=f"{half.key}.avx512")]
         found += [
@@ -660,6 +624,19 @@ def moe_ratios(support: str | None) -> list[Ratio]:
             for n in LAYERS
         ]
     return found
+
+
+def moe_ratios(support: str | None) -> list[Ratio]:  # `support` from `bf16_support`
+    "The headline ratios of the mixture, and one more."
+    more = "times as many requests in batches of 32"
+    return layer_ratios(support) + [
+        Ratio("kv_decode_vs_recompute.b32", "decode.recompute", "decode.cache", "times as fast with a cache"),
+        Ratio("generator_vs_training_speed", "train.step", "stream.block",
+              "windows made per window learned from", BLOCK / 64),
+        Ratio("serve_batched_vs_unbatched.one_shot", "serve.one_shot.alone", "serve.one_shot.together", more),
+        Ratio("serve_batched_vs_unbatched.kv_sampling", "serve.kv_sampling.alone", "serve.kv_sampling.together", more),
+        Ratio("one_shot_vs_kv_decode.b32", "decode.cache", "decode.one_shot", "times as fast in one shot"),
+    ]  # fmt: skip
 
 # %% ../../nbs/apps/61_bench.ipynb #cc80a823
 def moe_suite(

@@ -13,11 +13,12 @@ __all__ = ['Method', 'Pairs', 'RunName', 'Runs', 'Data', 'Device', 'ENDINGS', 'C
            'try_program', 'try_folder', 'try_method', 'diagnose', 'DoctorCommand', 'VersionCommand', 'dotted_as_set',
            'repeat_option', 'sentence', 'show_examples', 'parse', 'report', 'main']
 
-# %% ../../nbs/apps/64_cli.ipynb #b4313d81
+# %% ../../nbs/apps/64_cli.ipynb #9d7e8646
 import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -570,21 +571,25 @@ def finished_run(method: str) -> RunReader:
     stage_module(method, last).run_stage(cfg, folder)
     return RunReader(folder)
 
-# %% ../../nbs/apps/64_cli.ipynb #cec6774b
+# %% ../../nbs/apps/64_cli.ipynb #517fefe1
 @dataclass(frozen=True)
 class DemoCommand(Command):
     "Show what a method can do, on its last run or on a tiny one made now."
 
-    EXAMPLES = ("trajbook demo mae --out demo",)
+    EXAMPLES = ("trajbook demo mae --out demo", "trajbook demo moe --animate")
     method: Positional[Method]  # Name of a method
     run: str = ""  # A run of this method, by default the last finished one
     out: str = ""  # Folder, by default `demo` in the run folder
+    animate: bool = False  # Also films, from methods that make them
 
     def __call__(self) -> None:
         demo = method_word(self.method, "evaluate", "demo")
+        options = {"animate": True} if self.animate else {}
+        if options and "animate" not in inspect.signature(demo).parameters:
+            raise TrajbookError(f"{self.method} makes no films; leave --animate out")
         run = open_run(self.run, self.method) if self.run else finished_run(self.method)
         out = Path(self.out) if self.out else run.path("demo")
-        demo(run, out)
+        demo(run, out, **options)
         files = [str(p) for p in sorted(out.iterdir())]
         self.show("\n".join(f"written: {f}" for f in files), {"run": run.label, "files": files})
 

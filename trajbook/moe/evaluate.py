@@ -10,12 +10,13 @@ __all__ = ['CONDITIONS', 'METRICS', 'Ruler', 'Cases', 'cases_of', 'Metric', 'met
            'choose_rulers', 'slopes', 'oracle', 'oracle_forecast', 'ball_radius', 'crps_t', 'recurrence_scale',
            'predict', 'best_of', 'part_of', 'all_forecasts', 'record_errors', 'record_metrics', 'record_probabilities',
            'long_cases', 'record_other_ways', 'draw_prediction', 'draw_comparison', 'draw_dashboard', 'summary_text',
-           'keep_pictures', 'run_stage']
+           'keep_pictures', 'forecasts_in_space', 'film', 'demo', 'run_stage']
 
-# %% ../../nbs/moe/33_evaluate.ipynb #e8b6fb74
+# %% ../../nbs/moe/33_evaluate.ipynb #4604e1b1
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -614,14 +615,14 @@ def draw_prediction(cases: Cases, found: Forecast, samples: np.ndarray, i: int):
     legend(ax, 2)
     return fig
 
-# %% ../../nbs/moe/33_evaluate.ipynb #5cb4198e
+# %% ../../nbs/moe/33_evaluate.ipynb #6f8b8765
 def draw_comparison(table: Mapping[str, Mapping[str, float]], ours: str):
     "Everybody's error on every family; `table` is name to family to error."
-    from trajbook.viz import against_floor
+    from trajbook.viz import against_floor as draw
 
     families = list(next(iter(table.values())))
     rows = {f: {n: max(v[f], 1e-7) for n, v in table.items() if n != "oracle"} for f in families}
-    return against_floor(rows, ours, "error / spread")
+    return draw(rows, ours, "error / spread")
 
 # %% ../../nbs/moe/33_evaluate.ipynb #51358151
 def draw_dashboard(
@@ -704,6 +705,69 @@ def keep_pictures(
     small = {k: v.astype(np.float32) for k, v in examples.items()}
     steps = {f"by_step.{n}": v.astype(np.float32) for n, v in by_step.items()}
     run.save_arrays(weight=weight.astype(np.float32), **steps, **small)
+
+# %% ../../nbs/moe/33_evaluate.ipynb #48aa43cc
+def forecasts_in_space(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    "Truth, forecast and linear recurrence of a family's example, each with the context before it."
+    path, H = arrays[f"example.{name}.path"], len(arrays[f"example.{name}.mean"])
+    seen = path[:-H]
+    paths = {"truth": path, "model": np.concatenate([seen, arrays[f"example.{name}.mean"]])}
+    return paths | {"ar": np.concatenate([seen, arrays[f"example.{name}.linear_ar"]])}
+
+
+def film(paths: Mapping[str, np.ndarray], context: int, file: Path, every: int = 2) -> Path:
+    "An animated GIF of a forecast: the motion so far, then truth and forecasts side by side."
+    from matplotlib.animation import FuncAnimation, PillowWriter
+
+    from trajbook.viz import ROLES, Picture
+
+    fig = Picture(figsize=(4.4, 4))
+    ax = fig.add_subplot(projection="3d")
+    lines = {k: ax.plot([], [], [], color=ROLES[k], label=k)[0] for k in paths}
+    whole = np.concatenate(list(paths.values()))
+    ax.set(
+        **{f"{a}lim": (lo, hi) for a, lo, hi in zip("xyz", whole.min(0), whole.max(0), strict=True)}
+    )
+    ax.legend(frameon=False, fontsize=7)
+
+    def draw(step: int) -> None:
+        for k, line in lines.items():
+            line.set_data_3d(*paths[k][(context - 1) * (k != "truth") : step].T)
+
+    frames = range(2, len(paths["truth"]) + 1, every)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    FuncAnimation(fig, draw, frames).save(file, PillowWriter(15))
+    return file
+
+# %% ../../nbs/moe/33_evaluate.ipynb #77a1816e
+def demo(
+    run: Any,  # RunReader
+    out: Path,  # Folder to write into
+    animate: bool = False,  # Also films
+) -> None:
+    "Write pictures and pages of a run's forecasts."
+    from trajbook.widgets import TrajectoryViewer, save_html
+
+    arrays, names, dt_s = (
+        run.arrays("evaluate"),
+        run.cfg.data.families,
+        1 / run.cfg.data.sampling_rate_hz,
+    )
+    errors = {
+        n: {f: run.results()[f"evaluate.error.noisy.{f}.{n}"]["value"] for f in names}
+        for n in (run.cfg.variants[0], "linear_ar_tuned", "linear_ar", "constant_velocity", "last")
+    }
+    save_figure(out, "metrics_comparison", draw_comparison(errors, run.cfg.variants[0]))
+    for name in names if run.cfg.data.dims == 3 else ():
+        paths = forecasts_in_space(arrays, name)
+        title = f"{name}: context, then truth, forecast and linear recurrence"
+        axes = ("x / m", "y / m", "z / m")
+        save_html(
+            TrajectoryViewer(paths, axes, dt_s, title, equal_axes=True),
+            out / f"forecast_{name}.html",
+        )
+        if animate:
+            film(paths, run.cfg.data.context, out / f"forecast_{name}.gif")
 
 # %% ../../nbs/moe/33_evaluate.ipynb #7a2dfbe0
 @stage("moe", "evaluate")
