@@ -10,7 +10,7 @@ __all__ = ['INK', 'MUTED', 'GRID', 'CARD', 'HOLE', 'PALETTE', 'MEANINGS', 'ROLES
            'scatter_names', 'representation_map', 'label_efficiency', 'provenance_line', 'results_table',
            'PublishedRun', 'best_run', 'ahead', 'contest']
 
-# %% ../nbs/08_viz.ipynb #d0bfb07e
+# %% ../nbs/08_viz.ipynb #be10ac6c
 import fnmatch
 import io
 import math
@@ -31,25 +31,28 @@ from .core import TrajbookError
 from .metrics import pca
 from .run import Table, load_results, metric_table, result_arrays, show_number
 
-# %% ../nbs/08_viz.ipynb #8a1094fa
+# %% ../nbs/08_viz.ipynb #3de7bf4e
 INK, MUTED, GRID, CARD, HOLE = "#1b1f24", "#5b636d", "#e4e7eb", "#ffffff", "#eef0f3"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#6B4F2A")
 
-# %% ../nbs/08_viz.ipynb #94274e0b
+# %% ../nbs/08_viz.ipynb #838f98a2
 MEANINGS = {
     INK: ("truth", "visible"),
-    "#0072B2": ("model", "encoder", "teacher"),
-    "#56B4E9": ("student",),
-    "#D55E00": ("linear", "raw"),
-    "#E69F00": ("hermite",),
-    "#8A8F98": ("mean", "random", "random_encoder"),
-    "#6B4F2A": ("ar",),
-    "#CC79A7": ("supervised",),
+    "#0072B2": ("model", "encoder", "teacher", "moe"),
+    "#56B4E9": ("student", "dense_time"),
+    "#8C6BB1": ("dense",),
+    "#D55E00": ("linear", "raw", "constant_velocity"),
+    "#E69F00": ("hermite", "linear_ar"),
+    "#8A8F98": ("mean", "random", "random_encoder", "last"),
+    "#6B4F2A": ("ar", "linear_ar_tuned"),
+    "#CC79A7": ("supervised", "gru"),
     "#009E73": ("oracle", "simulator"),
+    "#B8A12E": ("dlinear",),
+    "#F2A58E": ("constant_acceleration",),
 }
 ROLES = {role: color for color, roles in MEANINGS.items() for role in roles}
 
-# %% ../nbs/08_viz.ipynb #eabf963b
+# %% ../nbs/08_viz.ipynb #cb042388
 def colors(
     names: Sequence[str],  # Names of lines, bars or labels, in order of appearance
 ) -> dict:  # Name to hexadecimal color
@@ -58,7 +61,7 @@ def colors(
     free = cycle([c for c in PALETTE if c not in taken] or PALETTE)
     return {name: ROLES.get(name) or next(free) for name in dict.fromkeys(names)}
 
-# %% ../nbs/08_viz.ipynb #daff110a
+# %% ../nbs/08_viz.ipynb #81fcd2a3
 class Picture(Figure):
     "A matplotlib figure that shows itself in a notebook and is held by nobody else."
 
@@ -80,7 +83,7 @@ class Picture(Figure):
     def _repr_png_(self) -> bytes:
         return self.png()
 
-# %% ../nbs/08_viz.ipynb #370027ec
+# %% ../nbs/08_viz.ipynb #4ffdbb67
 LINE = 20.0  # points
 
 
@@ -92,7 +95,7 @@ def head(
     "A title in house style."
     ax.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold", pad=pad)
 
-# %% ../nbs/08_viz.ipynb #3ab22aa9
+# %% ../nbs/08_viz.ipynb #3d5a627e
 def style(
     ax: Axes,  # Axes to dress
     title: str = "",  # Short title, set left
@@ -110,7 +113,7 @@ def style(
     ax.set_ylabel(ylabel, color=MUTED, fontsize=9.5)
     return ax
 
-# %% ../nbs/08_viz.ipynb #42c15e47
+# %% ../nbs/08_viz.ipynb #2ac64e7b
 def picture(
     rows: int = 1,  # Panels from top to bottom
     cols: int = 1,  # Panels from left to right
@@ -125,7 +128,7 @@ def picture(
         style(ax).set_prop_cycle(color=PALETTE)
     return fig, axes
 
-# %% ../nbs/08_viz.ipynb #458f475b
+# %% ../nbs/08_viz.ipynb #787aae07
 def legend(
     ax: Axes,  # Axes whose labels are listed
     columns: int = 5,  # Entries per line
@@ -138,7 +141,7 @@ def legend(
         ax.legend(handles, labels, ncols=columns, frameon=False, fontsize=8.5, **options)
         head(ax, ax.get_title(loc="left"), LINE)
 
-# %% ../nbs/08_viz.ipynb #49f93d49
+# %% ../nbs/08_viz.ipynb #6908aea1
 def seed_band(
     values: np.ndarray,  # (S, T) one row per seed, or (T,) for a single run
     level: float = 0.95,  # Coverage of the interval
@@ -151,7 +154,7 @@ def seed_band(
     half = student_t.ppf(0.5 + level / 2, n - 1) * values.std(0, ddof=1) / math.sqrt(n)
     return mean, mean - half, mean + half
 
-# %% ../nbs/08_viz.ipynb #7043f7a9
+# %% ../nbs/08_viz.ipynb #0e58c773
 def draw_baselines(
     ax: Axes,  # Axes to draw on
     baselines: Mapping[str, float] | None,  # Name to value
@@ -169,7 +172,7 @@ def draw_baselines(
             ax.axhline(value, **dashes)
             ax.annotate(name, (1, value), (4, 0), ax.get_yaxis_transform(), va="center", **text)
 
-# %% ../nbs/08_viz.ipynb #0f1a12ac
+# %% ../nbs/08_viz.ipynb #bfd8544f
 def curves(
     x: np.ndarray,  # (T,) shared horizontal axis, e.g. training steps
     series: Mapping[str, np.ndarray],  # Name to (S, T) values, one row per seed, or (T,)
@@ -191,7 +194,7 @@ def curves(
     legend(style(ax, title, xlabel, ylabel))
     return fig
 
-# %% ../nbs/08_viz.ipynb #ee241005
+# %% ../nbs/08_viz.ipynb #90ee1e03
 def value_and_interval(
     entry: float | tuple | Mapping,  # 0.9, (0.9, (0.8, 1.0)) or {"value": 0.9, "ci95": [0.8, 1.0]}
 ) -> tuple:  # value, (low, high) or None
@@ -201,7 +204,7 @@ def value_and_interval(
     value, interval = entry if isinstance(entry, tuple) else (entry, None)
     return float(value), None if interval is None else tuple(float(v) for v in interval)
 
-# %% ../nbs/08_viz.ipynb #aa2def8c
+# %% ../nbs/08_viz.ipynb #e131e842
 def draw_bar(
     ax: Axes,  # Axes to draw on
     row: int,  # Place from the top
@@ -218,7 +221,7 @@ def draw_bar(
     card = {"facecolor": CARD, "edgecolor": "none", "pad": 1.0}  # above a baseline's dashes
     ax.annotate(f"{value:.3g}", (end, row), (6, 0), bbox=card, **text)
 
-# %% ../nbs/08_viz.ipynb #ad4c0098
+# %% ../nbs/08_viz.ipynb #ac23bc19
 def bars(
     values: Mapping[str, object],  # Name to value, with or without an interval
     xlabel: str = "",  # Name and unit of the value
@@ -237,7 +240,7 @@ def bars(
     draw_baselines(ax, baselines, upright=True)
     return fig
 
-# %% ../nbs/08_viz.ipynb #b99d441e
+# %% ../nbs/08_viz.ipynb #731344c8
 def strongest(
     entries: Mapping[str, object],  # Name to error, lower is better
     ours: str = "model",  # The name that is not a baseline
@@ -249,7 +252,7 @@ def strongest(
     name = min(others, key=others.get)
     return name, others[name]
 
-# %% ../nbs/08_viz.ipynb #ff5ddeaa
+# %% ../nbs/08_viz.ipynb #c3e5cfba
 def draw_dots(
     ax: Axes,  # Axes to draw on
     row: int,  # Place from the top
@@ -265,7 +268,7 @@ def draw_dots(
         size = 90 if name == ours else 48
         ax.scatter(value, row, s=size, color=known[name], zorder=3, edgecolor=CARD)
 
-# %% ../nbs/08_viz.ipynb #30f3b697
+# %% ../nbs/08_viz.ipynb #ebeb8d33
 def draw_ratio(
     ax: Axes,  # Axes to draw on
     row: int,  # Place from the top
@@ -280,7 +283,7 @@ def draw_ratio(
     words = f"{show_number(float(f'{value / best:.2g}'))} × {floor.replace('_', ' ')}"
     ax.annotate(words, (1.02, row), xycoords=ax.get_yaxis_transform(), color=INK, **text)
 
-# %% ../nbs/08_viz.ipynb #028a5617
+# %% ../nbs/08_viz.ipynb #a63f002e
 def against_floor(
     tasks: Mapping[str, Mapping[str, object]],  # Task to (name to error)
     ours: str = "model",  # The name that is compared with the rest
@@ -296,12 +299,13 @@ def against_floor(
     for name, color in known.items():
         ax.scatter([], [], s=48, color=color, label=name.replace("_", " "))
     ax.set_xscale("log")
+    ax.xaxis.set_minor_formatter(NullFormatter())  # numbers between the powers would overlap
     ax.set_yticks(range(len(tasks)), list(tasks))
     ax.set_ylim(len(tasks) - 0.5, -0.5)
     legend(style(ax, title, xlabel))
     return fig
 
-# %% ../nbs/08_viz.ipynb #daea33f9
+# %% ../nbs/08_viz.ipynb #f3d520d5
 def spans(
     is_masked: np.ndarray,  # (T,) bool, True = hidden
 ) -> list:  # [(first, last)] of each hidden run, both inclusive
@@ -310,7 +314,7 @@ def spans(
     starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
-# %% ../nbs/08_viz.ipynb #1bfca02e
+# %% ../nbs/08_viz.ipynb #6af249c1
 def draw_holes(
     ax: Axes,  # Axes to draw on
     time_s: np.ndarray,  # (T,) seconds
@@ -329,7 +333,7 @@ def draw_holes(
     for (name, values), color in zip(filled.items(), colors(list(filled)).values(), strict=True):
         ax.plot(time_s, np.where(near, values, np.nan), color=color, linewidth=1.5, label=name)
 
-# %% ../nbs/08_viz.ipynb #cf873747
+# %% ../nbs/08_viz.ipynb #3af5b73b
 def reconstruction(
     time_s: np.ndarray,  # (T,) seconds
     truth: np.ndarray,  # (T, D) true values
@@ -350,7 +354,7 @@ def reconstruction(
     legend(axes[0, 0], 6)
     return fig
 
-# %% ../nbs/08_viz.ipynb #e1e9951b
+# %% ../nbs/08_viz.ipynb #a2886b5c
 def mask_grid(
     masks: Mapping[str, np.ndarray],  # Name to (N, T) bool, True = hidden
     xlabel: str = "time step",  # Name of the horizontal axis
@@ -369,7 +373,7 @@ def mask_grid(
         ax.set_yticks([])
     return fig
 
-# %% ../nbs/08_viz.ipynb #6688f6ab
+# %% ../nbs/08_viz.ipynb #0f6aa250
 def thin(
     values: np.ndarray,  # (T, ...) samples in time order
     max_points: int,  # Largest number of samples to keep, at least 2
@@ -378,7 +382,7 @@ def thin(
     n = min(len(values), max_points)
     return np.asarray(values)[np.linspace(0, len(values) - 1, n).round().astype(int)]
 
-# %% ../nbs/08_viz.ipynb #ba0e9263
+# %% ../nbs/08_viz.ipynb #961404f0
 def tails(
     paths: Sequence[np.ndarray],  # N arrays (P, 3)
     step: int,  # Index of the last point
@@ -388,7 +392,7 @@ def tails(
     ends = [min(step, len(p) - 1) for p in paths]
     return [p[max(0, end - length) : end + 1] for p, end in zip(paths, ends, strict=True)]
 
-# %% ../nbs/08_viz.ipynb #07016911
+# %% ../nbs/08_viz.ipynb #3b87672a
 def time_frames(
     paths: Sequence[np.ndarray],  # N arrays (P, 3)
     n_frames: int,  # Positions of the slider
@@ -403,7 +407,7 @@ def time_frames(
         frames.append(go.Frame(data=data, name=str(step), traces=traces))
     return frames
 
-# %% ../nbs/08_viz.ipynb #bc801b12
+# %% ../nbs/08_viz.ipynb #c73e1388
 def space_line(
     points: np.ndarray,  # (P, 3) points in time order
     color: str,  # Hexadecimal color
@@ -415,7 +419,7 @@ def space_line(
     xyz = dict(zip("xyz", points.T, strict=True))
     return go.Scatter3d(**xyz, **look, line=line, name=name, hoverinfo="name" if name else "skip")
 
-# %% ../nbs/08_viz.ipynb #2c0e2e3f
+# %% ../nbs/08_viz.ipynb #e053600d
 def time_slider(
     frames: list,  # plotly frames whose names are step numbers
     step_s: float,  # Seconds per step
@@ -433,7 +437,7 @@ def time_slider(
     text = {"font": {"size": 10}, "currentvalue": {"prefix": "time / s: "}}
     return {"steps": steps, "active": active} | place | text
 
-# %% ../nbs/08_viz.ipynb #fad0f850
+# %% ../nbs/08_viz.ipynb #c88affd7
 def space_style(
     axes: Sequence[str],  # Names with units of the three axes
     title: str,  # Short title
@@ -448,7 +452,7 @@ def space_style(
     keys = {"legend": {"orientation": "h", "y": 1.04}, "title": {"text": title}}
     return {"font": font, "scene": scene} | card | space | keys
 
-# %% ../nbs/08_viz.ipynb #e505cde0
+# %% ../nbs/08_viz.ipynb #9f96731f
 def trajectory_3d(
     trajectories: Mapping[str, np.ndarray],  # Label to (T, 3) points, in time order
     axes: Sequence[str] = ("x", "y", "z"),  # Names with units of the three axes
@@ -470,7 +474,7 @@ def trajectory_3d(
     fig = go.Figure(data=whole + heads, frames=frames, layout=space_style(axes, title))
     return fig.update_layout(sliders=[time_slider(frames, step_s, active)])
 
-# %% ../nbs/08_viz.ipynb #ab7fdba1
+# %% ../nbs/08_viz.ipynb #874ee445
 def scatter_names(
     ax: Axes,  # Axes to draw on
     xy: np.ndarray,  # (N, 2) points
@@ -485,7 +489,7 @@ def scatter_names(
     options = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False}
     ax.legend(title=name, fontsize=8.5, markerscale=1.8, **options)
 
-# %% ../nbs/08_viz.ipynb #bd1d3fc7
+# %% ../nbs/08_viz.ipynb #7ef4c134
 def representation_map(
     features: np.ndarray,  # (N, D) one row per trajectory
     labels: np.ndarray,  # (N,) names or numbers
@@ -507,7 +511,7 @@ def representation_map(
     style(ax, title, *(f"component {i + 1} ({100 * s:.0f} %)" for i, s in enumerate(share)))
     return fig
 
-# %% ../nbs/08_viz.ipynb #55025406
+# %% ../nbs/08_viz.ipynb #1d8e7772
 def label_efficiency(
     fractions: Sequence[float],  # (F,) shares of the labels, 0 to 1
     scores: Mapping[str, np.ndarray],  # Name to (S, F) scores, one row per seed, or (F,)
@@ -527,7 +531,7 @@ def label_efficiency(
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     return fig
 
-# %% ../nbs/08_viz.ipynb #421bed6c
+# %% ../nbs/08_viz.ipynb #2f57aebd
 def provenance_line(
     results: Mapping,  # A results.json: "method", "preset", "provenance", optional "stale"
 ) -> str:  # One line of Markdown
@@ -546,7 +550,7 @@ def provenance_line(
     made = "*Made by: " + ", ".join(filter(None, parts)) + ".*"
     return stale + made if results.get("stale") else made
 
-# %% ../nbs/08_viz.ipynb #6361f752
+# %% ../nbs/08_viz.ipynb #190e1eea
 def results_table(
     results: Mapping,  # A published result, as `load_results` gives it
     keys: Sequence[str] | Mapping[str, str] = ("*",),  # Patterns in order, or key to readable name
@@ -555,7 +559,7 @@ def results_table(
     "Published numbers with their intervals, and a line that says where they come from."
     return metric_table(results["metrics"], keys, title, provenance_line(results))
 
-# %% ../nbs/08_viz.ipynb #b8ecaa8d
+# %% ../nbs/08_viz.ipynb #db8114a6
 class PublishedRun:
     "A published result with the methods of a run."
 
@@ -580,7 +584,7 @@ class PublishedRun:
         "The published numbers, and where they come from."
         return results_table(self.published, keys or ("*",))
 
-# %% ../nbs/08_viz.ipynb #1d408409
+# %% ../nbs/08_viz.ipynb #b1383aa1
 def best_run(
     run: Any,  # RunReader: what is shown if nothing is published
     preset: str | None = None,  # None = the best there is
@@ -591,7 +595,7 @@ def best_run(
     except TrajbookError:
         return run
 
-# %% ../nbs/08_viz.ipynb #8703c80e
+# %% ../nbs/08_viz.ipynb #31fc50d8
 def ahead(
     difference: Sequence[float] | None,  # 95 % interval of ours minus theirs, None = unknown
     better: str,  # "higher" or "lower"

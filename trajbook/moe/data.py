@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Parameters', 'REGISTER', 'TURN', 'GRAVITY', 'TASK_S', 'MOVES', 'EIGHT_PERIOD', 'EIGHT_START', 'FAMILIES', 'UNSEEN',
            'SPLITS', 'PARAMETERS', 'LANES', 'BLOCK', 'Router', 'CANDIDATES', 'DENSE', 'PLAIN', 'VARIANTS', 'SECONDS',
-           'MINUTES', 'STEPS', 'QUICK', 'PRESETS', 'LETTER', 'HEADLINE', 'METHOD', 'AXES', 'Family', 'family',
+           'MINUTES', 'STEPS', 'QUICK', 'PRESETS', 'LETTER', 'RIVALS', 'HEADLINE', 'METHOD', 'AXES', 'Family', 'family',
            'load_family', 'axis_distance', 'helix', 'central_velocity', 'conserved_along', 'eccentric_anomaly',
            'orbital_energy', 'orbital_axes', 'orbit', 'lissajous_rates', 'harmonic_energy', 'lissajous', 'runge_kutta',
            'on_attractor', 'lorenz_slope', 'lorenz', 'minimum_jerk', 'robot', 'rossler_slope', 'rossler',
@@ -843,8 +843,27 @@ PRESETS["ablations"] = replace(
     train=replace(PRESETS["small"].train, steps=2000), evaluate=QUICK,
 )  # fmt: skip
 
-# %% ../../nbs/moe/30_data.ipynb #a9d1f033
-HEADLINE = ()
+# %% ../../nbs/moe/30_data.ipynb #86f350af
+RIVALS = (
+    "moe",
+    "dense",
+    "gru",
+    "dlinear",
+    "linear_ar",
+    "linear_ar_tuned",
+    "constant_velocity",
+    "last",
+)
+HEADLINE = (
+    *(f"evaluate.error.noisy.{how}.{name}" for how in ("mean", "median") for name in RIVALS),
+    *(f"evaluate.error.clean.{how}.{name}" for how in ("mean", "median") for name in RIVALS[:6]),
+    "evaluate.coverage_90",
+    "evaluate.crps.moe",
+    "evaluate.crps.linear_ar",
+    "evaluate.experts.mutual_information_family",
+    "evaluate.experts.mutual_information_null",
+    "evaluate.experts.utilization_max",
+)
 METHOD = Method(
     name="moe",
     title="Mixture-of-experts transformer for motion in space",
