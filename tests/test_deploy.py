@@ -26,7 +26,9 @@ WITHOUT = "import sys, runpy; sys.modules['trajbook'] = None; sys.argv = sys.arg
 def checkpoint(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     model = MoEForecaster(ModelConfig(d_model=32, n_heads=2, d_ff=32, head_width=32)).eval()
-    return save_checkpoint(tmp_path_factory.mktemp("model") / "model", model, method="moe", **describe(model.config))
+    return save_checkpoint(
+        tmp_path_factory.mktemp("model") / "model", model, method="moe", **describe(model.config)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,11 @@ def test_it_starts_without_the_book_and_answers_like_it(folder, checkpoint):
         body = json.dumps({"history": history.tolist(), "samples": 3}).encode()
         for _ in range(300):
             try:
-                request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/forecast", body, {"Content-Type": "application/json"})
+                request = urllib.request.Request(
+                    f"http://127.0.0.1:{port}/v1/forecast",
+                    body,
+                    {"Content-Type": "application/json"},
+                )
                 answer = json.loads(urllib.request.urlopen(request, timeout=5).read())
                 break
             except OSError:
@@ -58,7 +64,13 @@ def test_it_starts_without_the_book_and_answers_like_it(folder, checkpoint):
         assert np.shape(answer["samples"]) == (3, 32, 3)
         with pytest.raises(urllib.error.HTTPError, match="422"):
             bad = json.dumps({"history": [[0, 0]]}).encode()
-            urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/v1/forecast", bad, {"Content-Type": "application/json"}))
+            urllib.request.urlopen(
+                urllib.request.Request(
+                    f"http://127.0.0.1:{port}/v1/forecast",
+                    bad,
+                    {"Content-Type": "application/json"},
+                )
+            )
     finally:
         server.terminate()
         assert server.wait(30) in (0, -signal.SIGTERM)  # uvicorn ends by the signal, after its work

@@ -1,5 +1,6 @@
 """The whole of a method as a user runs it: by command, by hand through papermill, killed and resumed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,11 +12,29 @@ import nbformat
 import psutil
 import pytest
 
+from trajbook.config import load_method
 from trajbook.core import read_json, read_jsonl, root
 
 BIN = Path(sys.executable).parent
 # Fewer trajectories than `tiny`: what is tested here is that nothing depends on how a run is started.
-SHORT = ["--set", "train.save_every=2", "--set", "train.log_every=1"]
+OVERRIDES = {
+    "mae": {"train.save_every": 2, "train.log_every": 1},
+    "moe": {
+        "train.save_every": 2,
+        "train.log_every": 1,
+        "train.steps": 10,
+        "variants": ["moe", "gru"],
+    },
+}
+MOMENTS = {"mae": ("data", "train", "evaluate"), "moe": ("train", "evaluate", "experts")}
+
+
+def short(method: str) -> list[str]:
+    "The overrides as words of a command line."
+    pairs = (
+        f"{k}={v if isinstance(v, int) else json.dumps(v)}" for k, v in OVERRIDES[method].items()
+    )
+    return [word for pair in pairs for word in ("--set", pair)]
 
 
 def environment(folder: Path) -> dict:
@@ -50,12 +69,17 @@ def numbers(run: Path) -> dict[str, float]:
     return {k: m["value"] for k, m in metrics.items() if not any(w in k for w in noisy)}
 
 
+@pytest.fixture(scope="module", params=["mae", "moe"])
+def method(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def whole(method, tmp_path_factory) -> Path:
     "The folder of a run that nothing disturbed."
     folder = tmp_path_factory.mktemp("whole")
-    trajbook(folder, "run", "mae", "--preset", "tiny", *SHORT, "--name", "test")
-    return folder / "runs" / "mae" / "test" / "seed-0"
+    trajbook(folder, "run", method, "--preset", "tiny", *short(method), "--name", "test")
+    return folder / "runs" / method / "test" / "seed-0"
 
 
 @pytest.mark.slow
@@ -71,16 +95,16 @@ def test_run_folder_is_complete(whole):
 
 
 @pytest.mark.slow
-def test_papermill_by_hand_gives_the_same_weights(whole, tmp_path):
+def test_papermill_by_hand_gives_the_same_weights(method, whole, tmp_path):
     "The notebook alone, started in an unrelated folder, computes the earlier stages by itself."
-    overrides = "{overrides: {train.save_every: 2, train.log_every: 1}}"
-    source = root() / "nbs" / "mae" / "12_train.ipynb"
+    overrides = json.dumps({"overrides": OVERRIDES[method]})
+    source = root() / "nbs" / f"{load_method(method).notebooks['train']}.ipynb"
     words = [BIN / "papermill", source, "out.ipynb", "-p", "preset", "tiny", "-y", overrides]
     done = subprocess.run(
         [*words, "--no-progress-bar"], cwd=tmp_path, env=environment(tmp_path), capture_output=True
     )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
-    (run,) = (tmp_path / "cache" / "runs" / "mae").glob("tiny-*")
+    (run,) = (tmp_path / "cache" / "runs" / method).glob("tiny-*")
     assert not list(run.glob("*.lock.d"))
     by_hand = weights(run)
     assert by_hand and by_hand == {k: v for k, v in weights(whole).items() if k in by_hand}
@@ -126,17 +150,17 @@ def stage_is(run: Path, stage: str, status: str) -> bool:
 
 
 @pytest.mark.slow
-def test_killed_three_times_and_resumed(whole, tmp_path):
-    "kill -9 in generation, training and evaluation; the result is the same to the byte."
-    run = tmp_path / "runs" / "mae" / "test" / "seed-0"
-    words = ["run", "mae", "--preset", "tiny", *SHORT, "--name", "test"]
-    kill_when(tmp_path, lambda: stage_is(run, "data", "running"), words)
-    kill_when(
-        tmp_path,
-        lambda: len(read_jsonl(run / "log.jsonl")) >= 3 and stage_is(run, "train", "running"),
-        [*words, "--resume"],
-    )
-    kill_when(tmp_path, lambda: stage_is(run, "evaluate", "running"), [*words, "--resume"])
+def test_killed_three_times_and_resumed(method, whole, tmp_path):
+    "kill -9 in three stages, training among them; the result is the same to the byte."
+    run = tmp_path / "runs" / method / "test" / "seed-0"
+    words = ["run", method, "--preset", "tiny", *short(method), "--name", "test"]
+    for i, stage in enumerate(MOMENTS[method]):
+        rows = 3 if stage == "train" else 0
+
+        def ready(stage=stage, rows=rows) -> bool:
+            return stage_is(run, stage, "running") and len(read_jsonl(run / "log.jsonl")) >= rows
+
+        kill_when(tmp_path, ready, [*words, *["--resume"] * (i > 0)])
     trajbook(tmp_path, *words, "--resume")
     assert weights(run) == weights(whole)
     assert numbers(run) == numbers(whole)

@@ -78,7 +78,9 @@ def test_lissajous_axes_are_harmonic():
     one, p = members("lissajous")
     path = one.path(p, TIMES)
     pull = np.diff(path, n=2, axis=1) / 1e-8
-    np.testing.assert_allclose(pull, -(lissajous_rates(p) ** 2) * path[:, 1:-1], atol=1e-4 * np.abs(pull).max())
+    np.testing.assert_allclose(
+        pull, -(lissajous_rates(p) ** 2) * path[:, 1:-1], atol=1e-4 * np.abs(pull).max()
+    )
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -102,7 +104,9 @@ def test_a_robot_rests_at_its_places_and_never_jumps():
         mine = {k: v[i : i + 1] for k, v in p.items()}
         times = lasts[i, 0] + np.linspace(0.01, 0.19, 7) * share[i, 0]
         rests = one.path(mine, times)[0]
-        np.testing.assert_allclose(rests, np.broadcast_to(p["place_m"][i, 0, 1], rests.shape), atol=1e-12)
+        np.testing.assert_allclose(
+            rests, np.broadcast_to(p["place_m"][i, 0, 1], rests.shape), atol=1e-12
+        )
     fine = one.path(p, np.arange(0, 1.6, 1e-3))
     assert np.linalg.norm(np.diff(fine, axis=1), axis=-1).max() < 0.1
 
@@ -119,7 +123,9 @@ def test_held_out_numbers_lie_outside_the_usual_ranges():
 def test_batches_do_not_depend_on_who_makes_them(size, step, world):
     cfg, rules = DataConfig(families=("helix", "lissajous")), AugmentConfig()
     whole = Stream(cfg, rules, size * world).batch(step)
-    parts = [Stream(cfg, rules, size * world, rank=r, world=world).batch(step) for r in range(world)]
+    parts = [
+        Stream(cfg, rules, size * world, rank=r, world=world).batch(step) for r in range(world)
+    ]
     for key in whole:
         np.testing.assert_array_equal(whole[key], np.concatenate([p[key] for p in parts]))
 

@@ -45,7 +45,11 @@ def network(seed: int = 0, **changes) -> MoEForecaster:
 
 
 @given(
-    E=st.integers(1, 8), K=st.integers(1, 8), n=st.integers(1, 70), only=st.booleans(), seed=st.integers(0, 99)
+    E=st.integers(1, 8),
+    K=st.integers(1, 8),
+    n=st.integers(1, 70),
+    only=st.booleans(),
+    seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
 def test_the_fast_path_is_the_obvious_one(E, K, n, only, seed):
@@ -55,7 +59,10 @@ def test_the_fast_path_is_the_obvious_one(E, K, n, only, seed):
     if only:  # all tokens go to the same experts, some to nobody
         expert = torch.arange(K).expand(n, K).clone()
     weight = torch.rand(n, K, generator=draw)
-    w_in, w_out = torch.randn(E, 16, 32, generator=draw) / 4, torch.randn(E, 16, 16, generator=draw) / 4
+    w_in, w_out = (
+        torch.randn(E, 16, 32, generator=draw) / 4,
+        torch.randn(E, 16, 16, generator=draw) / 4,
+    )
     results = []
     for fn in (dense_experts, grouped_experts):
         leaves = [v.clone().requires_grad_() for v in (x, weight, w_in, w_out)]
@@ -63,7 +70,9 @@ def test_the_fast_path_is_the_obvious_one(E, K, n, only, seed):
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     for a, b in zip(*results, strict=True):
         a = a.detach()
-        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-5 * max(1.0, float(a.abs().max())))
+        torch.testing.assert_close(
+            a, b.detach(), rtol=1e-5, atol=1e-5 * max(1.0, float(a.abs().max()))
+        )
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
@@ -71,7 +80,12 @@ def test_the_mixture_equals_mixtral_with_the_same_weights(implementation):
     transformers = pytest.importorskip("transformers")
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
     config = transformers.MixtralConfig(**sizes, router_jitter_noise=0.0)
     config._experts_implementation = implementation
     torch.manual_seed(0)
@@ -91,7 +105,9 @@ def test_the_mixture_equals_mixtral_with_the_same_weights(implementation):
     y.square().sum().backward()
     z.square().sum().backward()
     torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.w_in.grad, theirs.experts.gate_up_proj.grad.mT, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ours.w_in.grad, theirs.experts.gate_up_proj.grad.mT, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,9 +192,14 @@ def test_a_recurrence_is_continued_exactly(order, size, seed):
     draw = np.random.default_rng(seed)
     roots = size * np.exp(1j * draw.uniform(0.2, 3, order))
     t = np.arange(160)
-    path = sum(draw.normal(size=(3, 1)) * (r**t).real + draw.normal(size=(3, 1)) * (r**t).imag for r in roots)
+    path = sum(
+        draw.normal(size=(3, 1)) * (r**t).real + draw.normal(size=(3, 1)) * (r**t).imag
+        for r in roots
+    )
     x = torch.from_numpy(path.T[None].copy())
-    fit = fit_recurrence(lag_sums(x[:, :128], 2 * order), torch.zeros(1, dtype=torch.long), 2 * order)
+    fit = fit_recurrence(
+        lag_sums(x[:, :128], 2 * order), torch.zeros(1, dtype=torch.long), 2 * order
+    )
     found = response(fit, 8) @ x[:, :128][:, -2 * order :].flip(1)
     assert (found - x[:, 128:136]).abs().max() < 1e-2 * x.abs().max()
 
@@ -217,7 +238,9 @@ def test_capacity_keeps_the_early_and_counts_no_padding():
     kept = within_capacity(routing, place, 1.0)
     taken = torch.bincount(routing.expert[kept], minlength=4)
     assert taken.max() <= -(-53 * 2 // 4) and not kept[gone].any()
-    late = routing._replace(expert=torch.where(place[:, None] > 6, 3 - routing.expert, routing.expert))
+    late = routing._replace(
+        expert=torch.where(place[:, None] > 6, 3 - routing.expert, routing.expert)
+    )
     again = within_capacity(late, place, 1.0)
     assert torch.equal(kept[place <= 6], again[place <= 6])
 

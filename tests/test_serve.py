@@ -47,7 +47,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(checkpoint):
-    with TestClient(make_app(InferenceServer(checkpoint, "cpu")), raise_server_exceptions=False) as found:
+    with TestClient(
+        make_app(InferenceServer(checkpoint, "cpu")), raise_server_exceptions=False
+    ) as found:
         yield found
 
 
@@ -67,7 +69,14 @@ def test_server_and_library_give_the_same_numbers(client, checkpoint):
 
 def test_a_batch_gives_the_numbers_of_single_requests(client):
     asked = [
-        {"history": h.tolist(), "horizon": 5 + 9 * i, "samples": i % 3, "seed": i, "quantiles": [0.1], "temperature": 0.5}
+        {
+            "history": h.tolist(),
+            "horizon": 5 + 9 * i,
+            "samples": i % 3,
+            "seed": i,
+            "quantiles": [0.1],
+            "temperature": 0.5,
+        }
         for i, h in enumerate(histories(8))
     ]
     alone = [client.post("/v1/forecast", json=a).json() for a in asked]
@@ -82,7 +91,11 @@ def test_a_batch_gives_the_numbers_of_single_requests(client):
 def test_many_at_once_give_the_numbers_of_one(checkpoint):
     async def crowd() -> tuple[list, list]:
         server = InferenceServer(checkpoint, "cpu")
-        asked = [{"history": h.tolist(), "samples": 2, "seed": i, "mode": m} for i, h in enumerate(histories(12)) for m in ("one_shot", "autoregressive")]
+        asked = [
+            {"history": h.tolist(), "samples": 2, "seed": i, "mode": m}
+            for i, h in enumerate(histories(12))
+            for m in ("one_shot", "autoregressive")
+        ]
         alone = [await server.handle_request(a) for a in asked]
         together = await asyncio.gather(*(server.handle_request(a) for a in asked))
         await server.stop()
@@ -93,7 +106,11 @@ def test_many_at_once_give_the_numbers_of_one(checkpoint):
 
 
 def test_the_documents_form_over_http_and_in_python(client, checkpoint):
-    request = {"tokens": [[1.0, 2.0, 3.0], [1.1, 2.1, 2.9], [1.2, 2.3, 2.7]], "max_new_tokens": 16, "temperature": 1.0}
+    request = {
+        "tokens": [[1.0, 2.0, 3.0], [1.1, 2.1, 2.9], [1.2, 2.3, 2.7]],
+        "max_new_tokens": 16,
+        "temperature": 1.0,
+    }
     over_http = client.post("/v1/generate", json=request).json()["generated_tokens"]
 
     async def in_python() -> dict:
@@ -107,14 +124,21 @@ def test_the_documents_form_over_http_and_in_python(client, checkpoint):
     again = client.post("/v1/generate", json=request | {"seed": 1}).json()["generated_tokens"]
     assert again != over_http
     moved = [[a + 5 for a in p] for p in request["tokens"]]
-    shifted = client.post("/v1/generate", json=request | {"tokens": moved}).json()["generated_tokens"]
+    shifted = client.post("/v1/generate", json=request | {"tokens": moved}).json()[
+        "generated_tokens"
+    ]
     np.testing.assert_allclose(np.array(shifted) - 5, over_http, atol=1e-3)  # the input matters
 
 
 def test_cold_futures_are_the_mean_path(client, checkpoint):
     h = histories(1)[0]
-    cold = client.post("/v1/forecast", json={"history": h.tolist(), "mode": "autoregressive", "temperature": 0, "samples": 2}).json()
-    wanted = generate(open_service(checkpoint, "cpu").model, torch.from_numpy(h[None]), temperature=0.0)
+    cold = client.post(
+        "/v1/forecast",
+        json={"history": h.tolist(), "mode": "autoregressive", "temperature": 0, "samples": 2},
+    ).json()
+    wanted = generate(
+        open_service(checkpoint, "cpu").model, torch.from_numpy(h[None]), temperature=0.0
+    )
     np.testing.assert_allclose(cold["samples"], wanted.repeat(1, 2, 1, 1)[0], rtol=1e-5, atol=1e-5)
 
 
@@ -146,16 +170,41 @@ def test_every_mistake_is_said_in_a_sentence(client, path, body, status, words):
 
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=12,
 )
-FIELDS = st.sampled_from(["history", "horizon", "samples", "quantiles", "temperature", "mode", "seed", "tokens", "requests", "states", "dt_s"])
+FIELDS = st.sampled_from(
+    [
+        "history",
+        "horizon",
+        "samples",
+        "quantiles",
+        "temperature",
+        "mode",
+        "seed",
+        "tokens",
+        "requests",
+        "states",
+        "dt_s",
+    ]
+)
 
 
-@given(st.dictionaries(FIELDS, ANY | st.lists(st.lists(st.floats(), max_size=4), max_size=5), max_size=5), st.sampled_from(["forecast", "generate", "forecast/batch", "embed"]))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        FIELDS, ANY | st.lists(st.lists(st.floats(), max_size=4), max_size=5), max_size=5
+    ),
+    st.sampled_from(["forecast", "generate", "forecast/batch", "embed"]),
+)
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_nonsense_gets_only_refusals(client, body, route):
-    reply = client.post(f"/v1/{route}", content=json.dumps(body), headers={"content-type": "application/json"})
+    reply = client.post(
+        f"/v1/{route}", content=json.dumps(body), headers={"content-type": "application/json"}
+    )
     assert reply.status_code in (200, 400, 404, 413, 422)
 
 
@@ -177,7 +226,11 @@ def test_the_schema_holds_against_schemathesis(checkpoint):
                     options["json"] = case.body
                 try:
                     reply = inside.request(route.method.upper(), route.path, **options)
-                except (ValueError, UnicodeEncodeError, TypeError):  # the client cannot even send it
+                except (
+                    ValueError,
+                    UnicodeEncodeError,
+                    TypeError,
+                ):  # the client cannot even send it
                     continue
                 assert reply.status_code < 500, (route.path, case.body)
 
@@ -185,9 +238,13 @@ def test_the_schema_holds_against_schemathesis(checkpoint):
 
 
 def test_a_body_that_is_too_large_or_without_length_is_refused(client):
-    large = client.post("/v1/forecast", content=b" " * 1_000_001, headers={"content-type": "application/json"})
+    large = client.post(
+        "/v1/forecast", content=b" " * 1_000_001, headers={"content-type": "application/json"}
+    )
     assert large.status_code == 413
-    chunked = client.post("/v1/forecast", content=iter([b"{}"]), headers={"content-type": "application/json"})
+    chunked = client.post(
+        "/v1/forecast", content=iter([b"{}"]), headers={"content-type": "application/json"}
+    )
     assert chunked.status_code == 413
 
 
@@ -196,8 +253,14 @@ def test_a_key_is_asked_for(checkpoint):
     asked = {"history": [[0.0, 0.0, 0.0]]}
     with TestClient(app) as client:
         assert client.post("/v1/forecast", json=asked).status_code == 401
-        assert client.post("/v1/forecast", json=asked, headers={"x-api-key": "Secret"}).status_code == 401
-        assert client.post("/v1/forecast", json=asked, headers={"x-api-key": "secret"}).status_code == 200
+        assert (
+            client.post("/v1/forecast", json=asked, headers={"x-api-key": "Secret"}).status_code
+            == 401
+        )
+        assert (
+            client.post("/v1/forecast", json=asked, headers={"x-api-key": "secret"}).status_code
+            == 200
+        )
         assert client.get("/health").status_code == client.get("/metrics").status_code == 200
 
 
@@ -254,8 +317,14 @@ def test_an_encoder_is_served_too(tmp_path):
     path = save_checkpoint(tmp_path / "mae", model, method="mae", **describe_mae(model.config))
     with TestClient(make_app(InferenceServer(path, "cpu"))) as client:
         states = np.random.default_rng(0).normal(size=(60, 4)).tolist()
-        assert len(client.post("/v1/embed", json={"states": states}).json()["embedding"]) == model.config.d_model
-        assert "cannot forecast" in client.post("/v1/forecast", json={"history": [[0, 0, 0]]}).json()["detail"]
+        assert (
+            len(client.post("/v1/embed", json={"states": states}).json()["embedding"])
+            == model.config.d_model
+        )
+        assert (
+            "cannot forecast"
+            in client.post("/v1/forecast", json={"history": [[0, 0, 0]]}).json()["detail"]
+        )
         assert client.get("/v1/examples").json() == {"examples": []}
 
 
@@ -270,7 +339,15 @@ def test_examples_have_a_truth(checkpoint):
 def process(checkpoint):
     "A server in a process of its own, and its address."
     port = 18000 + os.getpid() % 2000
-    words = [sys.executable, "-m", "trajbook.apps.cli", "serve", str(checkpoint), "--port", str(port)]
+    words = [
+        sys.executable,
+        "-m",
+        "trajbook.apps.cli",
+        "serve",
+        str(checkpoint),
+        "--port",
+        str(port),
+    ]
     code = "import sys; from trajbook.apps.cli import main; sys.exit(main())"
     words[1:3] = ["-c", code]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -289,7 +366,12 @@ def process(checkpoint):
 
 def test_a_stop_loses_no_accepted_request(process):
     server, url = process
-    request = {"history": histories(1)[0].tolist(), "mode": "autoregressive", "samples": 16, "horizon": 256}
+    request = {
+        "history": histories(1)[0].tolist(),
+        "mode": "autoregressive",
+        "samples": 16,
+        "horizon": 256,
+    }
     begun = threading.Barrier(9)
 
     def one(i: int) -> dict:

@@ -12,7 +12,7 @@ __all__ = ['Parameters', 'REGISTER', 'TURN', 'GRAVITY', 'TASK_S', 'MOVES', 'EIGH
            'thomas_slope', 'thomas', 'three_bodies', 'eight_curve', 'figure_eight', 'DataConfig', 'Motions',
            'make_motions', 'checked_path', 'context_rms', 'split_motions', 'make_test_sets', 'schema', 'AugmentConfig',
            'random_rotations', 'augment', 'Stream', 'ModelConfig', 'LossConfig', 'EvaluateConfig', 'VariantConfig',
-           'MoEConfig', 'variant', 'sized', 'run_stage', 'load_data', 'read_file']
+           'MoEConfig', 'variant', 'sized', 'swept_area_ratio', 'euler_gap_m', 'run_stage', 'load_data', 'read_file']
 
 # %% ../../nbs/moe/30_data.ipynb #94ab2abf
 import importlib
@@ -880,7 +880,26 @@ METHOD = Method(
     },
 )
 
-# %% ../../nbs/moe/30_data.ipynb #f4ffd2d4
+# %% ../../nbs/moe/30_data.ipynb #473b2aa0
+def swept_area_ratio(eccentricity: float = 0.6) -> float:
+    "Largest by smallest area that the document's planet sweeps in equal times; Kepler says 1."
+    angle = np.linspace(0, 2 * np.pi, 721)
+    x = np.cos(angle) - eccentricity
+    y = np.sqrt(1 - eccentricity**2) * np.sin(angle)
+    area = np.abs(x[:-1] * y[1:] - y[:-1] * x[1:])
+    return float(area.max() / area.min())
+
+
+def euler_gap_m(samples: int = 160, n: int = 50) -> float:
+    "Median distance, at the end of a window, between Euler steps of 0.005 and the Lorenz equations."
+    p = lorenz.parameters(rng(0, "euler").random((n, lorenz.n_parameters)))
+    path = lorenz.path(p, np.arange(samples) * 0.01)
+    numbers, x = [p[k][:, 0] for k in ("sigma", "rho", "beta")], path[:, 0].T
+    for _ in range(2 * (samples - 1)):
+        x = x + 0.005 * lorenz_slope(x, *numbers)
+    return float(np.median(np.linalg.norm(x.T - path[:, -1], axis=1)))
+
+# %% ../../nbs/moe/30_data.ipynb #e776afa2
 @stage("moe", "data")
 def run_stage(cfg: MoEConfig, run: Run) -> None:
     "Make the test sets, or find them in the cache."
@@ -891,6 +910,8 @@ def run_stage(cfg: MoEConfig, run: Run) -> None:
     for k, name in enumerate((*cfg.data.families, *cfg.data.unseen)):
         mine = data.labels["family"] == k
         run.record(f"data.context_rms.{name.rpartition(':')[2]}", float(rms[mine].mean()), "m")
+    run.record("data.document.swept_area_ratio", swept_area_ratio(), "1", "lower")
+    run.record("data.document.euler_gap", euler_gap_m(), "m", "lower")
 
 # %% ../../nbs/moe/30_data.ipynb #724aea5b
 def load_data(run: RunReader) -> Trajectories:

@@ -9,8 +9,9 @@ __all__ = ['CONDITIONS', 'METRICS', 'Ruler', 'Cases', 'cases_of', 'Metric', 'met
            'mae', 'family_r2', 'family_means', 'polynomial', 'recurrence', 'ruler_settings', 'mean_error',
            'choose_rulers', 'slopes', 'oracle', 'oracle_forecast', 'ball_radius', 'crps_t', 'recurrence_scale',
            'predict', 'best_of', 'part_of', 'all_forecasts', 'record_errors', 'record_metrics', 'record_probabilities',
-           'long_cases', 'record_other_ways', 'draw_prediction', 'draw_comparison', 'draw_dashboard', 'summary_text',
-           'keep_pictures', 'forecasts_in_space', 'film', 'demo', 'run_stage']
+           'long_cases', 'record_other_ways', 'inverse_jerk', 'kinetic_variation', 'answered_noise', 'record_document',
+           'draw_prediction', 'draw_comparison', 'draw_dashboard', 'summary_text', 'keep_pictures',
+           'forecasts_in_space', 'film', 'demo', 'run_stage']
 
 # %% ../../nbs/moe/33_evaluate.ipynb #4604e1b1
 import math
@@ -582,6 +583,49 @@ def record_other_ways(run: Run, cases: Cases, model: MoEForecaster, cfg: Evaluat
         run.record(f"evaluate.context.samples_{seen}", found, "1", "lower")
     return {k: v.numpy() for k, v in drawn.items()}
 
+# %% ../../nbs/moe/33_evaluate.ipynb #866faa88
+def inverse_jerk(cases: Cases, mean: np.ndarray) -> float:
+    "The document's smoothness: the mean of 1 / (1 + mean squared jerk)."
+    jerk = np.diff(mean, n=3, axis=1) / cases.dt_s**3
+    return float((1 / (1 + (jerk**2).sum(-1).mean(1))).mean())
+
+
+def kinetic_variation(cases: Cases, family: str = "orbit") -> float:
+    "Largest by smallest kinetic energy along the true motions of a family, median."
+    path = cases.context[cases.family == cases.names.index(family)]
+    energy = (central_velocity(path, cases.dt_s) ** 2).sum(-1)
+    return float(np.median(energy.max(1) / energy.min(1)))
+
+
+def answered_noise(model: MoEForecaster, cases: Cases, seed: int) -> np.ndarray:  # (n, H, D) m
+    "What comes out when random numbers are put where the input belongs."
+    shape, spread = cases.observed.shape, cases.spread[:, None, None]
+    noise = rng(seed, "noise").normal(size=shape).cumsum(1)
+    noise = (noise - noise.mean(1, keepdims=True)) / np.sqrt(noise.var(1).sum(-1))[:, None, None]
+    asked = cases._replace(observed=cases.context.mean(1, keepdims=True) + spread * noise)
+    return predict(model, asked).mean.numpy()
+
+# %% ../../nbs/moe/33_evaluate.ipynb #6a7b3cd3
+def record_document(
+    run: Run, cases: Cases, means: Mapping[str, np.ndarray], model: MoEForecaster
+) -> None:
+    "The document's measures, as it defines them."
+    ours = run.cfg.variants[0]
+    for name in (ours, "last"):
+        run.record(
+            f"evaluate.document.pooled_r2.{name}", r2(cases.future, means[name]), "1", "higher"
+        )
+        run.record(f"evaluate.document.smoothness.{name}", inverse_jerk(cases, means[name]), "1")
+    run.record("evaluate.document.smoothness.truth", inverse_jerk(cases, cases.future), "1")
+    if "orbit" in cases.names:
+        run.record("evaluate.document.kinetic_variation", kinetic_variation(cases), "1")
+    if "lorenz" in cases.names:
+        square = ((means["last"] - cases.future) ** 2).sum((1, 2))
+        mine = cases.family == cases.names.index("lorenz")
+        run.record("evaluate.document.lorenz_share", float(square[mine].sum() / square.sum()), "1")
+    noise = mean_error(cases, answered_noise(model, cases, run.cfg.data.seed))
+    run.record("evaluate.document.random_input_error", noise, "1", "lower")
+
 # %% ../../nbs/moe/33_evaluate.ipynb #72861498
 def draw_prediction(cases: Cases, found: Forecast, samples: np.ndarray, i: int):
     "One window: in space if it has three coordinates, and each coordinate over time with its 90 % band."
@@ -769,7 +813,7 @@ def demo(
         if animate:
             film(paths, run.cfg.data.context, out / f"forecast_{name}.gif")
 
-# %% ../../nbs/moe/33_evaluate.ipynb #7a2dfbe0
+# %% ../../nbs/moe/33_evaluate.ipynb #230eaac3
 @stage("moe", "evaluate")
 def run_stage(cfg: MoEConfig, run: Run) -> None:
     "Judge every network of the run beside the rulers and the oracle."
@@ -786,6 +830,7 @@ def run_stage(cfg: MoEConfig, run: Run) -> None:
         tables[condition] = record_errors(run, condition, cases, means)
         if condition == "noisy":
             record_metrics(run, cases, means)
+            record_document(run, cases, means, models[ours])
             found = predict(models[ours], cases)
             setting, ruler = settings["noisy"]["linear_ar"]
             record_probabilities(run, cases, found, ruler, setting)

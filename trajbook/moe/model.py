@@ -897,7 +897,7 @@ def step_memory_mb(
         (out.mean.square().mean() + out.own.square().mean()).backward()
     return meter.peak / 2**20
 
-# %% ../../nbs/moe/31_model.ipynb #8354b94d
+# %% ../../nbs/moe/31_model.ipynb #be035308
 @stage("moe", "model")
 def run_stage(cfg: MoEConfig, run: Run) -> None:
     "Build every network of the run once and record its size."
@@ -906,6 +906,10 @@ def run_stage(cfg: MoEConfig, run: Run) -> None:
         run.record(f"model.parameters.{name}.total", count_parameters(model), "1")
         run.record(f"model.parameters.{name}.active", active_parameters(model), "1")
     if cfg.model.d_model <= 256:  # beyond, a step does not fit a small machine
-        for d in (1, 3):
-            memory = step_memory_mb(replace(cfg.model, dims=d, candidates=()))
-            run.record(f"model.memory_mb.dims_{d}", memory, "MiB", "lower")
+        sizes = {d: replace(cfg.model, dims=d, candidates=()) for d in (1, 3)}
+        memory = {d: step_memory_mb(c) for d, c in sizes.items()}
+        numbers = {d: count_parameters(MoEForecaster(c)) for d, c in sizes.items()}
+        for d in sizes:
+            run.record(f"model.memory_mb.dims_{d}", memory[d], "MiB", "lower")
+        run.record("model.memory_3d_over_1d", memory[3] / memory[1], "1", "lower")
+        run.record("model.parameters_3d_over_1d", numbers[3] / numbers[1], "1", "lower")

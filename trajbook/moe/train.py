@@ -8,7 +8,7 @@ __all__ = ['Targets', 'targets', 'size_of', 'forecast_losses', 'routing_losses',
            'progress_picture', 'examples_of', 'monitor', 'calibrate', 'save_model', 'fresh_model', 'train_variant',
            'finish', 'run_stage']
 
-# %% ../../nbs/moe/32_train.ipynb #5c0583f7
+# %% ../../nbs/moe/32_train.ipynb #35049fc7
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..checkpoint import load, save_checkpoint
-from ..core import atomic_write, key_to_seed, read_jsonl
+from ..core import atomic_write, key_to_seed
 from ..data import Trajectories
 from .data import LossConfig, ModelConfig, MoEConfig, Stream, variant
 from trajbook.moe.model import (
@@ -380,7 +380,7 @@ def train_variant(
         save=functools.partial(save_model, cfg=cfg, name=name), stop_after_s=time_left(),
     )  # fmt: skip
 
-# %% ../../nbs/moe/32_train.ipynb #f246ea7c
+# %% ../../nbs/moe/32_train.ipynb #e58a81d0
 def finish(cfg: MoEConfig, run: Run, name: str, val: list[dict]) -> dict:
     "Calibrate the checkpoints of a variant and record how it learned."
     for kind in ("best", "final"):
@@ -392,6 +392,7 @@ def finish(cfg: MoEConfig, run: Run, name: str, val: list[dict]) -> dict:
     best, last = min(rows, key=lambda r: r["val_loss"]), rows[-1]
     windows = last["step"] * setup.train.batch_size
     found = {"steps": last["step"], "best_step": best["step"], "val_error": best["val_error"]}
+    found |= {"busiest_expert": last["val_busiest_expert"]} if "val_busiest_expert" in last else {}
     found |= {"seconds": last["time_s"], "windows_per_s": windows / last["time_s"]}
     found["tokens_per_s"] = found["windows_per_s"] * cfg.data.context / setup.model.patch
     units = {"seconds": "s", "windows_per_s": "1/s", "tokens_per_s": "1/s"}

@@ -1,0 +1,255 @@
+"""Training, judging and explaining the forecaster: same bytes however it is run, numbers that mean what they say."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from trajbook.config import load_method, resolve
+from trajbook.core import rng
+from trajbook.moe.data import FAMILIES, DataConfig, ModelConfig, Stream, make_motions
+from trajbook.moe.evaluate import (
+    METRICS,
+    Cases,
+    ball_radius,
+    choose_rulers,
+    crps_t,
+    error,
+    family_means,
+    mean_error,
+    metric,
+    oracle_forecast,
+    predict,
+)
+from trajbook.moe.experts import (
+    ExpertViewer,
+    choices_of,
+    information,
+    knockouts,
+    mutual_information,
+    routers,
+    without,
+)
+from trajbook.moe.model import MoEForecaster
+from trajbook.moe.train import MotionDataset, loss_fn, targets
+from trajbook.run import RunReader, run_method
+
+SHORT = {
+    "variants": ["moe", "dense", "dlinear"],
+    "train.steps": 6,
+    "train.eval_every": 3,
+    "train.batch_size": 8,
+    "data.n_val": 20,
+    "data.n_test": 25,
+}
+
+
+def some_cases(n: int = 50, noise: float = 0.01) -> Cases:
+    cfg, draw = DataConfig(), rng(0, "tests")
+    made = make_motions(FAMILIES, np.arange(n) % 5, cfg.time_s, 3, draw)
+    seen, future = np.split(made.position, [128], 1)
+    rms = np.sqrt(((seen - seen.mean(1, keepdims=True)) ** 2).mean((1, 2), keepdims=True))
+    observed = seen + noise * rms * draw.normal(size=seen.shape)
+    return Cases(observed, seen, future, made.family, FAMILIES, made.unit, False, 0.01)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "The same run twice, with one worker and with two."
+    place = tmp_path_factory.mktemp("moe")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRAJBOOK_RUNS", str(place / "runs"))
+        patch.setenv("TRAJBOOK_CACHE", str(place / "cache"))
+        options = {"isolate": False, "fresh": False}
+        yield [
+            RunReader(
+                run_method("moe", "tiny", [0], SHORT | {"workers": w}, name=f"w{w}", **options)[0]
+            )
+            for w in (1, 2)
+        ]
+
+
+@pytest.mark.slow
+def test_workers_do_not_change_a_byte(runs):
+    one, two = (sorted(r.dir.glob("checkpoints/*/*/model.safetensors")) for r in runs)
+    assert len(one) >= 6 and [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
+    clock = ("seconds", "per_s", "memory")
+    a, b = (
+        {k: m["value"] for k, m in r.results().items() if not any(c in k for c in clock)}
+        for r in runs
+    )
+    assert a == b
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_the_document_lists(runs):
+    found = {p.name for p in runs[0].dir.rglob("*") if p.is_file()}
+    wanted = {
+        "training_progress.png",
+        "training_summary.yaml",
+        "evaluation_summary.txt",
+        "metrics_comparison.png",
+    }
+    wanted |= {
+        "trajectory_analysis_dashboard.png",
+        "expert_utilization.png",
+        "prediction_robot.png",
+    }
+    assert wanted <= found
+
+
+@pytest.mark.slow
+def test_the_headline_numbers_have_their_names(tmp_path_factory, runs):
+    keys = set(runs[0].results())
+    models = (
+        "moe",
+        "dense",
+        "dlinear",
+        "linear_ar",
+        "constant_velocity",
+        "constant_acceleration",
+        "last",
+    )
+    for condition in ("clean", "noisy", "held_out_parameters", "held_out_families"):
+        assert {
+            f"evaluate.error.{condition}.{h}.{m}" for h in ("mean", "median") for m in models
+        } <= keys
+    assert {f"evaluate.error.noisy.{f}.{m}" for f in FAMILIES for m in models} <= keys
+    names = (
+        "mutual_information_family",
+        "mutual_information_null",
+        "routing_entropy",
+        "utilization_min",
+        "utilization_max",
+    )
+    assert {f"evaluate.experts.{n}" for n in names} <= keys
+    assert {"evaluate.coverage_90", "evaluate.crps.moe", "evaluate.crps.linear_ar"} <= keys
+    missing = {k for k in load_method("moe").headline if ".gru" not in k} - keys
+    assert not missing
+
+
+def test_training_learns_something():
+    "Two hundred steps on easy motions halve the network's own error."
+    cfg = DataConfig(families=("helix", "lissajous"))
+    settings = resolve("moe", "tiny")
+    stream = Stream(cfg, settings.augment, 32)
+    torch.manual_seed(0)
+    model = MoEForecaster(dataclasses.replace(settings.model, candidates=()))
+    optimizer, errors = torch.optim.AdamW(model.parameters(), 3e-3), []
+    for _ in range(120):
+        batch = {k: torch.from_numpy(v) for k, v in next(stream).items()}
+        total, weight, means = loss_fn(model, batch, settings.loss)
+        optimizer.zero_grad()
+        (total / weight).backward()
+        optimizer.step()
+        errors.append(float(means["error"]))
+    assert np.mean(errors[-10:]) < 0.5 * np.mean(errors[:10])
+
+
+def test_targets_are_the_futures_of_each_token():
+    stream = Stream(DataConfig(), resolve("moe", "tiny").augment, 20)
+    batch = {k: torch.from_numpy(v) for k, v in next(stream).items()}
+    model = MoEForecaster(ModelConfig())
+    out = model(batch["observed"], batch["n_valid"], anchors=8)
+    found = targets(batch, out, model.config)
+    metres = found.own[:, 2] * out.window.scale + out.window.center
+    np.testing.assert_allclose(metres, batch["position"][:, 88:120], rtol=1e-4, atol=1e-4)
+    short = batch["n_valid"] < 40
+    assert (found.asked[short, 0] == 0).all() and (found.asked[:, -1] == 1).all()
+
+
+def test_the_loader_gives_the_stream():
+    stream = Stream(DataConfig(families=("helix",)), resolve("moe", "tiny").augment, 4)
+    loader = torch.utils.data.DataLoader(MotionDataset(stream), batch_size=None, num_workers=2)
+    seen = [b["sample_id"].tolist() for b, _ in zip(loader, range(6), strict=False)]
+    assert seen == [stream.batch(i)["sample_id"].tolist() for i in range(6)]
+
+
+def test_the_truth_gets_full_marks_and_units_follow():
+    cases = some_cases()
+    for name, m in METRICS.items():
+        ideal = 1.0 if name in ("temporal_consistency", "jerk_ratio") else 0.0
+        np.testing.assert_allclose(m.measure(cases, cases.future), ideal, atol=1e-9)
+    off = cases.future + np.array([0.3, 0.0, 0.4])
+    np.testing.assert_allclose(METRICS["position_error"].measure(cases, off), 0.5)
+    np.testing.assert_allclose(METRICS["endpoint_error"].measure(cases, off), 0.5)
+    np.testing.assert_allclose(METRICS["mse"].measure(cases, off), 0.25 / 3)
+
+
+def test_a_metric_of_ones_own_is_recorded(runs):
+    @metric("sideways", "m")
+    def sideways(cases, mean):
+        return np.abs(mean[..., 1] - cases.future[..., 1]).mean(1)
+
+    try:
+        assert (
+            family_means(
+                METRICS["sideways"].measure(some_cases(), some_cases().future), some_cases()
+            )["robot"]
+            == 0
+        )
+    finally:
+        del METRICS["sideways"]
+
+
+def test_the_oracle_is_a_floor():
+    noisy = some_cases(40)
+    floor = family_means(error(noisy, oracle_forecast(noisy)), noisy)
+    assert max(v for k, v in floor.items() if k != "robot") < 0.05 < floor["robot"]
+    settings = dataclasses.replace(resolve("moe", "tiny").evaluate, ar_orders=(16, 32))
+    for _, ruler in choose_rulers(noisy, settings).values():
+        means = family_means(error(noisy, ruler(torch.tensor(noisy.observed), 32).numpy()), noisy)
+        assert all(floor[f] < means[f] for f in floor)
+
+
+@pytest.mark.parametrize("dof", [2.5, 7.0, np.inf])
+def test_crps_agrees_with_sampling(dof):
+    draw = np.random.default_rng(0)
+    sampled = draw.normal(size=400_000) if np.isinf(dof) else draw.standard_t(dof, 400_000)
+    for y in (-2.0, 0.1, 4.0):
+        wanted = np.abs(sampled - y).mean() - 0.5 * np.abs(sampled[::2] - sampled[1::2]).mean()
+        assert abs(float(crps_t(np.array(y), np.array(1.0), dof)) - wanted) < 0.02
+    if np.isinf(dof):
+        return
+    assert abs(ball_radius(0.9, 1, dof) - stats.t.ppf(0.95, dof)) < 1e-9
+
+
+def test_forecasts_do_not_depend_on_the_batch():
+    torch.manual_seed(0)
+    model, cases = MoEForecaster(ModelConfig()).eval(), some_cases(30)
+    whole, parts = predict(model, cases), predict(model, cases, batch=7)
+    torch.testing.assert_close(whole.mean, parts.mean, rtol=1e-5, atol=1e-5)
+    assert mean_error(cases, whole.mean.numpy()) > 0
+
+
+def test_information_of_labels():
+    draw = np.random.default_rng(0)
+    a = draw.integers(0, 4, 5000)
+    assert abs(mutual_information(a, a) - np.log(4)) < 0.01
+    assert mutual_information(a, draw.integers(0, 3, 5000)) < 0.01
+    windows = np.repeat(draw.integers(0, 4, (300, 1)), 16, 1)
+    value, null, p = information(windows, windows, 20, draw)
+    assert value > 1.3 > 0.2 > null and p == 0
+
+
+def test_taking_an_expert_away_leaves_no_trace():
+    torch.manual_seed(0)
+    model, cases = MoEForecaster(ModelConfig()).eval(), some_cases(20)
+    before = choices_of(model, cases).gate
+    table = knockouts(model, cases)
+    assert table.shape == (2, 4, 5) and np.isfinite(table).all()
+    np.testing.assert_array_equal(choices_of(model, cases).gate, before)
+    with pytest.raises(ZeroDivisionError), without(model, 0, 1):
+        raise ZeroDivisionError
+    assert all(r.alive.all() for r in routers(model))
+
+
+def test_the_viewer_refuses_what_is_too_large():
+    from trajbook.core import TrajbookError
+
+    paths = {f"p{i}": np.random.default_rng(i).normal(size=(4000, 3)) for i in range(40)}
+    gates = {k: np.full((2, 16, 4), 0.25) for k in paths}
+    with pytest.raises(TrajbookError, match="fewer motions"):
+        ExpertViewer(paths, gates, np.full((2, 5, 4), 0.25), FAMILIES, context=128, dt_s=0.01)
