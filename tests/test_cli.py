@@ -206,6 +206,19 @@ def test_compare_writes_one_page_and_one_text(here, capsys, tmp_path):
     assert "toy/tiny/seed-1" in (tmp_path / "r" / "compare.txt").read_text()
 
 
+def test_compare_presets_with_and_without_training(here, capsys):
+    words = ["compare", "--method", "toy", "--presets", "tiny,small", "--keys", "evaluate.error"]
+    assert main([*words, "--evaluate-only"]) == 2
+    assert "no run 'toy/small'" in capsys.readouterr().err
+    assert main(["run", "toy", "--preset", "small", "--in-process"]) == 0
+    assert main(words) == 0, capsys.readouterr().err
+    assert "toy/small" in capsys.readouterr().out
+    assert main([*words, "--evaluate-only"]) == 0
+    assert main(["compare", "--method", "toy", "--presets", "tini"]) == 2
+    assert "did you mean 'tiny'" in capsys.readouterr().err
+    shutil.rmtree(here.folder("small").parent)
+
+
 def test_verbs_of_a_method(here, capsys, tmp_path, monkeypatch):
     model = "def embed(model, trajectories):\n    return model + trajectories\n"
     here.write("package/trajbook/toy/model.py", "import numpy as np\n" + model)

@@ -6,10 +6,10 @@
 __all__ = ['Method', 'Pairs', 'RunName', 'Runs', 'Data', 'Device', 'ENDINGS', 'COMMANDS', 'DESCRIPTION', 'FIRST', 'read_seeds',
            'read_duration', 'read_overrides', 'Command', 'RunCommand', 'run_methods', 'run_from', 'run_row', 'summary',
            'show_summary', 'list_row', 'runs_table', 'pick_run', 'stages_table', 'describe_run', 'RunsCommand',
-           'evaluate_again', 'EvalCommand', 'ConfigCommand', 'import_or_explain', 'CompareCommand', 'PublishCommand',
-           'BenchCommand', 'method_word', 'read_trajectories', 'check_ending', 'write_vectors', 'EmbedCommand',
-           'ForecastCommand', 'ServeCommand', 'DeployCommand', 'finished_run', 'DemoCommand', 'Finding', 'examine',
-           'requirements', 'examine_requirement', 'try_physics', 'try_rendering', 'try_python', 'try_gpu',
+           'evaluate_again', 'EvalCommand', 'ConfigCommand', 'import_or_explain', 'preset_runs', 'CompareCommand',
+           'PublishCommand', 'BenchCommand', 'method_word', 'read_trajectories', 'check_ending', 'write_vectors',
+           'EmbedCommand', 'ForecastCommand', 'ServeCommand', 'DeployCommand', 'finished_run', 'DemoCommand', 'Finding',
+           'examine', 'requirements', 'examine_requirement', 'try_physics', 'try_rendering', 'try_python', 'try_gpu',
            'try_program', 'try_folder', 'try_method', 'diagnose', 'DoctorCommand', 'VersionCommand', 'dotted_as_set',
            'repeat_option', 'sentence', 'show_examples', 'parse', 'report', 'main']
 
@@ -349,7 +349,26 @@ def import_or_explain(name: str) -> ModuleType:
             f"{name} needs {e.name}, which is not installed; `trajbook doctor` says how to get it"
         ) from e
 
-# %% ../../nbs/apps/64_cli.ipynb #5f448544
+# %% ../../nbs/apps/64_cli.ipynb #40653cf1
+def preset_runs(
+    method: str,
+    presets: str,  # tiny,small
+    seeds: str = "0",  # 0,1,2 or 0-4
+    evaluate_only: bool = False,  # Train nothing
+) -> list[str]:  # Runs, as METHOD/PRESET
+    "Make sure that the presets of a method have been run, and name their runs."
+    names = [p.strip() for p in presets.split(",") if p.strip()]
+    for name in names:
+        resolve(method, name)
+    for name in names:
+        if evaluate_only:
+            for folder in find_runs(f"{method}/{name}"):
+                evaluate_again(RunReader(folder))
+        else:
+            run_from(RunCommand(method, name, seeds, resume=True), method, None)
+    return [f"{method}/{name}" for name in names]
+
+# %% ../../nbs/apps/64_cli.ipynb #ccfb62c7
 @dataclass(frozen=True)
 class CompareCommand(Command):
     "Compare runs or published results number by number; the first is the reference."
@@ -357,14 +376,23 @@ class CompareCommand(Command):
     EXAMPLES = (
         "trajbook compare mae/small mae/fast --out report",
         "trajbook compare published:mae/small-cpu mae/small --keys 'evaluate.*'",
+        "trajbook compare --method moe --presets tiny,small --out report",
     )
-    runs: Positional[Runs]  # Runs, results files or published:METHOD/NAME-cpu
+    runs: Positional[Runs] = ()  # Runs, results files or published:METHOD/NAME-cpu
     keys: UseAppendAction[tuple[str, ...]] = ()  # Shell patterns for keys, by default all
     out: str = ""  # Folder for compare.html and compare.txt
+    method: str = ""  # Compare presets of this method
+    presets: str = ""  # Such as tiny,small; by default all of the method
+    seeds: str = "0"  # Of presets that have to be run: 0,1,2 or 0-4
+    evaluate_only: bool = False  # Train nothing, judge again what was trained
 
     def __call__(self) -> None:
         chapter = import_or_explain("trajbook.apps.compare")
-        found = chapter.compare(self.runs, self.keys or ("*",))
+        specs = list(self.runs)
+        if self.method:
+            names = self.presets or ",".join(load_method(self.method).presets)
+            specs += preset_runs(self.method, names, self.seeds, self.evaluate_only)
+        found = chapter.compare(specs, self.keys or ("*",))
         files = chapter.write_report(found, self.out) if self.out else []
         lines = [str(found.table()), *(f"written: {f}" for f in files)]
         self.show("\n".join(lines), found.to_dict())

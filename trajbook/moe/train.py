@@ -323,7 +323,7 @@ def monitor(
 
     return draw
 
-# %% ../../nbs/moe/32_train.ipynb #f7d0e016
+# %% ../../nbs/moe/32_train.ipynb #7c3e68a9
 @torch.no_grad()
 def calibrate(
     model: MoEForecaster,
@@ -340,7 +340,7 @@ def calibrate(
         total = total + torch.einsum("bhd,bgd->hg", z, z)
     size = total.diagonal().clamp(min=1e-12).sqrt()
     near = torch.eye(H, dtype=torch.float64, device=device)
-    model.correlation.copy_(0.99 * total / size[:, None] / size + 0.01 * near)
+    model.correlation.copy_((1 - 1e-4) * total / size[:, None] / size + 1e-4 * near)
     return model
 
 # %% ../../nbs/moe/32_train.ipynb #9387bec5
