@@ -65,7 +65,7 @@ def weights(run: Path) -> dict[str, bytes]:
 def numbers(run: Path) -> dict[str, float]:
     "Recorded values that do not measure time or memory."
     metrics = read_json(run / "results.json")["metrics"]
-    noisy = ("speedup", "slowdown", "memory", "per_s", "rate", "hours", "time")
+    noisy = ("speedup", "slowdown", "memory", "per_s", "rate", "hours", "time", "seconds")
     return {k: m["value"] for k, m in metrics.items() if not any(w in k for w in noisy)}
 
 
