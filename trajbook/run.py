@@ -12,15 +12,16 @@ __all__ = ['LIBRARIES', 'CODE_PATHS', 'KEY', 'FRAME', 'DISK_ERRORS', 'PARAMETERS
            'files_in', 'files_of', 'leavings', 'delete_files', 'reset_stages', 'disk_errors', 'check_order',
            'save_products', 'compute', 'compute_and_keep', 'execute_stage', 'follow_stage', 'stage_module',
            'stage_config', 'stage_program', 'stage', 'all_runs', 'by_seed', 'find_runs', 'find_run', 'open_run',
-           'assigned_names', 'refuse_unknown', 'check_injected', 'prepare', 'without_lessons', 'last_state',
-           'keep_notebook', 'StageFailed', 'known_errors', 'Listener', 'execute_notebook', 'in_notebook', 'die_with',
-           'child_result', 'in_process', 'empty_folder', 'reset_from', 'older_stages', 'has_changed', 'open_folder',
-           'Lines', 'show_seconds', 'Job', 'start_stage', 'time_left', 'child_environment', 'environment', 'run_seed',
-           'stop_children', 'side_by_side', 'choose_stages', 'run_home', 'run_method', 'refuse_unfinished',
-           'refuse_mixed', 'join_metrics', 'join_comparisons', 'join_arrays', 'published_name', 'publish',
-           'load_results', 'result_arrays', 'load_claims', 'holds', 'check_claim', 'check_claims']
+           'assigned_names', 'refuse_unknown', 'kernel_shell', 'in_jupyter', 'check_injected', 'prepare',
+           'without_lessons', 'last_state', 'keep_notebook', 'StageFailed', 'known_errors', 'Listener',
+           'not_a_dead_kernel', 'execute_notebook', 'in_notebook', 'die_with', 'child_result', 'in_process',
+           'empty_folder', 'reset_from', 'older_stages', 'has_changed', 'open_folder', 'Lines', 'show_seconds', 'Job',
+           'start_stage', 'time_left', 'child_environment', 'environment', 'run_seed', 'stop_children', 'side_by_side',
+           'choose_stages', 'run_home', 'run_method', 'refuse_unfinished', 'refuse_mixed', 'join_metrics',
+           'join_comparisons', 'join_arrays', 'published_name', 'publish', 'load_results', 'result_arrays',
+           'load_claims', 'holds', 'check_claim', 'check_claims']
 
-# %% ../nbs/07_run.ipynb #44de0961
+# %% ../nbs/07_run.ipynb #7b42f3e0
 import ast
 import contextlib
 import copy
@@ -32,6 +33,7 @@ import importlib.metadata
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -874,11 +876,22 @@ def refuse_unknown(names: Sequence[str], known: Sequence[str] = PARAMETERS) -> N
         if name not in known:
             raise TrajbookError(nearest(name, list(known), "parameter"))
 
-# %% ../nbs/07_run.ipynb #61b911c7
-def check_injected() -> None:
-    "Refuse unknown parameters that papermill has put into the running notebook."
+# %% ../nbs/07_run.ipynb #c61aaf0d
+def kernel_shell() -> Any:  # None outside a kernel
+    "The shell of the Jupyter kernel that this process is."
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
+    return shell if hasattr(shell, "kernel") else None
+
+
+def in_jupyter() -> bool:
+    "Whether a picture that is displayed will be seen."
+    return kernel_shell() is not None
+
+
+def check_injected() -> None:
+    "Refuse unknown parameters that papermill has put into the running notebook."
+    shell = kernel_shell()
     for cell in shell.user_ns.get("In", []) if shell else []:
         if cell.startswith("# Parameters\n"):
             refuse_unknown(assigned_names(cell))
@@ -961,7 +974,13 @@ class Listener:
     def flush(self) -> None:
         "Nothing is held back."
 
-# %% ../nbs/07_run.ipynb #6957f550
+# %% ../nbs/07_run.ipynb #fc4480e6
+def not_a_dead_kernel(record: logging.LogRecord) -> bool:
+    "Filter of asyncio's log: everything but the death of a kernel."
+    error = (record.exc_info or (None, None))[1]
+    return type(error).__name__ != "DeadKernelError"
+
+# %% ../nbs/07_run.ipynb #cd6c70b9
 def execute_notebook(notebook: Any, target: Path, parameters: dict, tell: Callable) -> None:
     "Execute a notebook in a kernel of its own; its errors become ours."
     import papermill
@@ -970,6 +989,7 @@ def execute_notebook(notebook: Any, target: Path, parameters: dict, tell: Callab
     options = {"kernel_name": "python3", "progress_bar": False, "stderr_file": Listener(tell)}
     hush = "setattr(__import__('logging'), 'raiseExceptions', False)"  # when its streams close
     quiet = ["--IPKernelApp.log_level=50", f"--IPKernelApp.exec_lines={hush}"]
+    logging.getLogger("asyncio").addFilter(not_a_dead_kernel)  # a second time does nothing
     try:
         papermill.execute_notebook(notebook, target, parameters, extra_arguments=quiet, **options)
     except papermill.PapermillExecutionError as e:

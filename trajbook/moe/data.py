@@ -707,7 +707,7 @@ class EvaluateConfig:
     ar_orders: tuple[int, ...] = (4, 8, 16, 24, 32, 48)  # validation chooses
     ar_ridges: tuple[float, ...] = (1e-14, 1e-10, 1e-6, 1e-4)
 
-# %% ../../nbs/moe/30_data.ipynb #d81b8270
+# %% ../../nbs/moe/30_data.ipynb #d8df3c04
 @dataclass(frozen=True)
 class VariantConfig:
     "One network and how it is trained."
@@ -737,6 +737,7 @@ VARIANTS = {  # name: (what it changes, steps relative to the mixture's, what fo
     "experts_8": ({"model.n_experts": 8}, 1.0, "twice the experts"),
     "experts_16": ({"model.n_experts": 16}, 1.0, "four times the experts"),
     "raw": (PLAIN | {"model.normalize": "raw"}, 1.0, "metres in, metres out"),
+    "no_own": ({"loss.own": 0.0}, 1.0, "the own forecast is judged only in company"),
     "no_rotation": ({"augment.rotate": False}, 1.0, "motions only as they are made"),
     "mse": ({"loss.objective": "mse"}, 1.0, "squared error instead of distance"),
     "patch_1": ({"model.patch": 1}, 0.3, "a token per sample"),

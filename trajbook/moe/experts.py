@@ -136,20 +136,21 @@ def mutual_information(
     seen = joint > 0
     return float((joint[seen] * np.log(joint[seen] / apart[seen])).sum())
 
-# %% ../../nbs/moe/34_experts.ipynb #b2169599
+# %% ../../nbs/moe/34_experts.ipynb #f4f28cb2
 def information(
     first: np.ndarray,  # (n, L) chosen expert
     label: np.ndarray,  # (n, L) a property
     permutations: int,
     draw: np.random.Generator,
-) -> tuple[float, float, float]:  # Nats; mean of the null; share of the null that is as large
+) -> tuple[float, float, float]:  # Nats; mean of the null; p (Phipson and Smyth 2010, eq. 2)
     "Mutual information of choice and property, beside its null."
     value = mutual_information(first.ravel(), label.ravel())
     null = [
         mutual_information(first.ravel(), label[draw.permutation(len(label))].ravel())
         for _ in range(permutations)
     ]
-    return value, float(np.mean(null)), float((np.array(null) >= value).mean())
+    reached = 1 + sum(v >= value for v in null)  # the value itself is one of the possible deals
+    return value, float(np.mean(null)), reached / (1 + permutations)
 
 # %% ../../nbs/moe/34_experts.ipynb #0ad4f495
 def routers(model: MoEForecaster) -> list[Router]:

@@ -8,7 +8,7 @@ __all__ = ['Targets', 'targets', 'size_of', 'forecast_losses', 'routing_losses',
            'progress_picture', 'examples_of', 'monitor', 'calibrate', 'save_model', 'fresh_model', 'train_variant',
            'finish', 'run_stage']
 
-# %% ../../nbs/moe/32_train.ipynb #35049fc7
+# %% ../../nbs/moe/32_train.ipynb #e700bec8
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ from trajbook.moe.model import (
     t_log_density,
     utilization,
 )
-from ..run import Run, save_figure, settle, stage, time_left
+from ..run import Run, in_jupyter, save_figure, settle, stage, time_left
 from ..train import fit, share, to_tensors, train_all
 
 # %% ../../nbs/moe/32_train.ipynb #8efacf14
@@ -291,7 +291,7 @@ def examples_of(
         found.append((batch["observed"][i].cpu().numpy(), path[C : C + H], mean[i], families[k]))
     return found
 
-# %% ../../nbs/moe/32_train.ipynb #b7ad6d9d
+# %% ../../nbs/moe/32_train.ipynb #cc40678d
 def monitor(
     figures: Path,  # Folder of pictures
     name: str,  # Of the file, without .png
@@ -316,7 +316,7 @@ def monitor(
         net.train(was)
         fig = progress_picture(trainer.rows, usage, examples, families, trainer.cfg.batch_size)
         save_figure(figures, name, fig)
-        if live:
+        if live and in_jupyter():
             from IPython.display import display
 
             shown[0].update(fig) if shown else shown.append(display(fig, display_id=True))
@@ -357,7 +357,7 @@ def fresh_model(cfg: MoEConfig, name: str) -> MoEForecaster:
         torch.manual_seed(key_to_seed(cfg.seed, "moe", name) % 2**63)
         return MoEForecaster(variant(cfg, name).model)
 
-# %% ../../nbs/moe/32_train.ipynb #2ceab611
+# %% ../../nbs/moe/32_train.ipynb #113317ec
 def train_variant(
     cfg: MoEConfig,
     data_dir: Path,  # The test sets
@@ -365,18 +365,18 @@ def train_variant(
     device: str,
     name: str,  # One of VARIANTS
     folder: Path,  # Gets log.jsonl and checkpoints/<name>/
-    live: bool = False,  # Show the monitor in Jupyter
 ) -> None:
     "Train one network of the run, from where it stopped if it was stopped."
     settle(cfg, device)
     setup, places = variant(cfg, name), share(cfg.train)
     stream = Stream(cfg.data, setup.augment, places.pop("batch_size"), cfg.seed, **places)
     val = validation_batches(Trajectories.open(data_dir), cfg.data.context)
-    title = "training_progress" if name == cfg.variants[0] else f"training_progress_{name}"
+    first = name == cfg.variants[0]
+    title = "training_progress" if first else f"training_progress_{name}"
     fit(
         fresh_model(cfg, name), functools.partial(loss_fn, loss=setup.loss), stream, setup.train,
         folder, val_batches=val, seed=cfg.seed, device=device, name=name,
-        after_eval=[monitor(figures, title, val[-1], cfg.data.families, live)],
+        after_eval=[monitor(figures, title, val[-1], cfg.data.families, first)],
         save=functools.partial(save_model, cfg=cfg, name=name), stop_after_s=time_left(),
     )  # fmt: skip
 
