@@ -1,16 +1,20 @@
 """A deployment starts by itself, answers as the library does, and refuses what was changed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
+import venv
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from trajbook.apps.deploy import deploy
 from trajbook.checkpoint import load, save_checkpoint
@@ -74,6 +78,50 @@ def test_it_starts_without_the_book_and_answers_like_it(folder, checkpoint):
     finally:
         server.terminate()
         assert server.wait(30) in (0, -signal.SIGTERM)  # uvicorn ends by the signal, after its work
+
+
+def needed(lines: list[str]) -> dict[str, Distribution]:
+    "The packages that requirements name, and those that these need in turn."
+    found, todo = {}, [Requirement(line) for line in lines]
+    while todo:
+        wanted = todo.pop()
+        name = wanted.name.lower().replace("_", "-")
+        if name not in found and (not wanted.marker or wanted.marker.evaluate({"extra": ""})):
+            found[name] = distribution(name)
+            assert found[name].version.partition("+")[0] in wanted.specifier, wanted
+            todo += map(Requirement, found[name].requires or [])
+    return found
+
+
+@pytest.fixture(scope="module")
+def clean_python(folder, tmp_path_factory) -> Path:
+    "A new virtual environment that holds nothing but what the folder's requirements name."
+    home = tmp_path_factory.mktemp("clean") / "venv"
+    venv.create(home)
+    (site,) = home.glob("lib/python*/site-packages")
+    for package in needed((folder / "requirements.txt").read_text().split()).values():
+        for top in {f.parts[0] for f in package.files if f.parts[0] not in ("..", "__pycache__")}:
+            (site / top).symlink_to(package.locate_file(top))
+    return home / "bin" / "python"
+
+
+def test_it_starts_in_a_clean_environment(folder, clean_python):
+    for name in ("trajbook", "scipy", "pip"):
+        assert subprocess.run(
+            [clean_python, "-I", "-c", f"import {name}"], capture_output=True
+        ).returncode
+    go = [clean_python, folder / "start_server.py", "--check"]
+    done = subprocess.run(go, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "as they should be" in done.stdout, done.stderr
+
+
+def test_a_requirement_that_is_left_out_is_missed(folder, clean_python, tmp_path):
+    fewer = tmp_path / "venv"
+    shutil.copytree(clean_python.parents[1], fewer, symlinks=True)
+    next(fewer.glob("lib/python*/site-packages/pydantic")).unlink()
+    go = [fewer / "bin" / "python", folder / "start_server.py", "--check"]
+    done = subprocess.run(go, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "pydantic" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["model.pt2", "app.py", "golden.json", "requirements.txt"])

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trajbook.apps.load import exchange, request_bytes
 from trajbook.apps.serve import (
     InferenceServer,
     Settings,
@@ -393,3 +396,86 @@ def test_a_stop_loses_no_accepted_request(process):
 def test_the_client_repeats_what_the_server_says(process):
     with pytest.raises(TrajbookError, match=r"refused \(422\).*coordinates"):
         ask(process[1], {"history": [[0.0]]})
+
+
+GOOD = {"history": [[0.1, 0.2, 0.3], [0.2, 0.3, 0.4]], "horizon": 4}
+WRONG = [
+    (
+        "history",
+        [None, "x", {}, [], [[]], [[1, 2]], [[1, 2, "a"]], [[1, 2, None]], [[True, [], 1]]],
+    ),
+    ("history", [[[1e10, 0, 0]], [[0, 0, 0]] * 4097, [[0] * 17], [[0, 0, 0], [0, 0]], 7]),
+    ("horizon", [0, -1, 513, 1.5, "ten", [], None, 2**70]),
+    ("samples", [-1, 65, "many", 0.5]),
+    ("temperature", [-1, 11, "hot", None, [1]]),
+    ("quantiles", [[0], [1], [2], [-0.1], ["a"], 0.5, [0.5] * 17]),
+    ("seed", [-1, 2**60, "x", 0.1]),
+    ("mode", ["", "sideways", 1, None]),
+    ("explain", ["perhaps", [], 7]),
+    ("horizn", [3]),
+]
+LITERALS = ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 400]
+
+
+def malformed(i: int) -> bytes:
+    "The i-th of endlessly many requests that nobody can answer."
+    draw = random.Random(i)
+    body = json.dumps(GOOD).encode()
+    kind = i % 7
+    if kind == 0:
+        body = draw.randbytes(draw.randrange(200))
+    elif kind == 1:
+        body = body[: draw.randrange(len(body))]
+    elif kind in (2, 3):
+        name, values = draw.choice(WRONG)
+        body = json.dumps(GOOD | {name: draw.choice(values)}).encode()
+    elif kind == 4:
+        body = f'{{"history": [[{draw.choice(LITERALS)}, 0, 0]]}}'.encode()
+    elif kind == 5:
+        depth = draw.choice((10, 1_000, 100_000))
+        body = b"[" * depth + b"]" * draw.choice((0, depth))
+    path = draw.choice(("/v1/forecast", "/v1/forecast", "/v1/generate", "/v1/forecast/batch"))
+    path = f"/v1/{draw.randrange(10**6)}" if kind == 6 else path
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def test_ten_thousand_malformed_requests(process):
+    server, url = process
+    port = int(url.rpartition(":")[2])
+
+    async def send(numbers: range) -> list[int]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        found = [await exchange(reader, writer, malformed(i)) for i in numbers]
+        assert await exchange(reader, writer, request_bytes("/v1/forecast", GOOD)) == 200
+        writer.close()
+        return found
+
+    async def all_of(n: int) -> list[int]:
+        parts = await asyncio.gather(*(send(range(k, n, 8)) for k in range(8)))
+        return [status for part in parts for status in part]
+
+    memory = psutil.Process(server.pid).memory_info
+    asyncio.run(all_of(2_000))
+    before = memory().rss
+    statuses = asyncio.run(all_of(10_000))
+    assert len(statuses) == 10_000 and {s // 100 for s in statuses} == {4}, set(statuses)
+    assert memory().rss - before < 20e6
+    assert np.shape(ask(url, GOOD)["mean"]) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    "words", [b"nonsense\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01" * 99, b"POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n"]
+)  # fmt: skip
+def test_what_is_no_http_is_refused(process, words):
+    port = int(process[1].rpartition(":")[2])
+
+    async def send() -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(words)
+        writer.write_eof()
+        answer = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+        return answer
+
+    assert asyncio.run(send()).startswith((b"HTTP/1.1 4", b"")) and ask(process[1], GOOD)

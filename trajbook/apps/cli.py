@@ -409,23 +409,29 @@ class PublishCommand(Command):
         path = publish(self.runs)
         self.show(f"published: {path}", {"file": str(path)})
 
-# %% ../../nbs/apps/64_cli.ipynb #4a068f17
+# %% ../../nbs/apps/64_cli.ipynb #f77370d0
 @dataclass(frozen=True)
 class BenchCommand(Command):
     "Measure the speed of a method against other implementations, on one thread."
 
-    EXAMPLES = ("trajbook bench mae --json",)
-    method: Positional[Method]  # Name of a method
+    EXAMPLES = ("trajbook bench mae --json", "trajbook bench serve --clients 64 --seconds 60")
+    method: Positional[Method]  # Name of a method, or "serve" for the server under load
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     keep: bool = False  # Keep it in data/results/bench, for the pages of the book
+    clients: int = 64  # Of `serve`: how many ask at once
+    seconds: float = 60.0  # Of `serve`: of each of its four measurements
 
     def __call__(self) -> None:
-        load_method(self.method)
         chapter = import_or_explain("trajbook.apps.bench")
-        found = chapter.run_bench(self.method, self.device)
+        if self.method == "serve":
+            load = import_or_explain("trajbook.apps.load")
+            found, table = load.load_test("", self.clients, self.seconds), load.load_table
+        else:
+            load_method(self.method)
+            found, table = chapter.run_bench(self.method, self.device), chapter.bench_table
         if self.keep:
             chapter.write_bench(found)
-        self.show("" if self.json else chapter.bench_table(found), found)
+        self.show("" if self.json else table(found), found)
 
 # %% ../../nbs/apps/64_cli.ipynb #b516a5e3
 def method_word(

@@ -7,10 +7,10 @@ __all__ = ['LIMIT', 'Coordinate', 'Point', 'History', 'Quantile', 'SERVICES', 'W
            'PAGE', 'Strict', 'ForecastRequest', 'GenerateRequest', 'BatchRequest', 'EmbedRequest', 'group_of',
            'stacked', 'Service', 'drawn_errors', 'at_once', 'stepwise', 'explain', 'ForecastService', 'EmbedService',
            'find_checkpoint', 'open_service', 'Busy', 'Stopping', 'Queue', 'hand_out', 'Batcher', 'plain',
-           'as_forecast', 'InferenceServer', 'Settings', 'Meters', 'said', 'add_guards', 'add_questions', 'add_state',
-           'example_motions', 'make_app', 'serve', 'ask']
+           'as_forecast', 'InferenceServer', 'Settings', 'Meters', 'said', 'too_large', 'Guard', 'add_guards',
+           'Numbers', 'add_questions', 'add_state', 'example_motions', 'make_app', 'serve', 'ask']
 
-# %% ../../nbs/apps/62_serve.ipynb #161d4779
+# %% ../../nbs/apps/62_serve.ipynb #1d3df669
 import asyncio
 import hmac
 import importlib
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import orjson
 import torch
 from fastapi import Depends, FastAPI, Header, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -408,7 +409,7 @@ def as_forecast(request: GenerateRequest) -> ForecastRequest:
         seed=request.seed, samples=1, mode="autoregressive",
     )  # fmt: skip
 
-# %% ../../nbs/apps/62_serve.ipynb #2eed0f04
+# %% ../../nbs/apps/62_serve.ipynb #718b184e
 class InferenceServer:
     "A model that answers requests; `handle_request` is all that a Python program needs."
 
@@ -433,12 +434,12 @@ class InferenceServer:
         self.batcher.start()
 
     async def ask(self, requests: Sequence[BaseModel]) -> list[dict]:
-        "Answers to checked requests."
+        "Answers to requests of the right form, as arrays."
         if self.batcher is None:
             await self.start()
         for r in requests:
             self.service.check(r)
-        return [plain(a) for a in await self.batcher.submit(requests)]
+        return await self.batcher.submit(requests)
 
     async def handle_request(self, request: Mapping) -> dict:
         "Answer a request given as plain values, in either form."
@@ -447,9 +448,9 @@ class InferenceServer:
         asked = kind.model_validate(dict(request))
         if kind is GenerateRequest:
             (answer,) = await self.ask([as_forecast(asked)])
-            return {"generated_tokens": answer["samples"][0]}
+            return {"generated_tokens": plain(answer["samples"][0])}
         (answer,) = await self.ask([asked])
-        return answer
+        return plain(answer)
 
     async def stop(self) -> None:
         "Answer what was accepted, and end."
@@ -499,30 +500,44 @@ def said(error: RequestValidationError | ValidationError) -> str:
     place = ".".join(str(p) for p in first[0]["loc"] if p != "body")
     return f"{place or 'request'}: {first[0]['msg']}"
 
-# %% ../../nbs/apps/62_serve.ipynb #772ad305
-def add_guards(app: FastAPI, server: InferenceServer, settings: Settings, meters: Meters) -> None:
-    "Size limit, counters, and errors in one sentence."
+# %% ../../nbs/apps/62_serve.ipynb #866b54b7
+def too_large(scope: Mapping, most: int) -> bool:
+    "Whether the headers of a request announce a body that is not wanted."
+    said = Request(scope).headers.get("content-length", "" if scope["method"] == "POST" else "0")
+    return not said.isdigit() or int(said) > most
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Callable) -> Any:
-        start, path = time.perf_counter(), request.scope["path"]
-        known = path in {r.path for r in app.routes if hasattr(r, "path")}
+
+class Guard:
+    "Size limit and counters around an application."
+
+    def __init__(self, app: Callable, web: FastAPI, settings: Settings, meters: Meters):
+        self.app, self.web, self.most, self.meters = app, web, settings.max_body, meters
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, status, path = time.perf_counter(), 500, scope["path"]
+
+        async def watch(message: dict) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
         try:
-            declared = int(request.headers.get("content-length", 0))
-        except ValueError:
-            declared = 0
-        if declared > settings.max_body or (
-            request.method == "POST" and "content-length" not in request.headers
-        ):
-            response = JSONResponse(
-                {"detail": f"a body needs a length of at most {settings.max_body} bytes"}, 413
-            )
-        else:
-            response = await call_next(request)
-        label = path if known else "other"
-        meters.requests.labels(label, response.status_code).inc()
-        meters.seconds.labels(label).observe(time.perf_counter() - start)
-        return response
+            if too_large(scope, self.most):
+                text = f"a body needs a length of at most {self.most} bytes"
+                return await JSONResponse({"detail": text}, 413)(scope, receive, watch)
+            await self.app(scope, receive, watch)
+        finally:
+            known = any(path == getattr(r, "path", None) for r in self.web.routes)
+            label = path if known else "other"
+            self.meters.requests.labels(label, status).inc()
+            self.meters.seconds.labels(label).observe(time.perf_counter() - start)
+
+# %% ../../nbs/apps/62_serve.ipynb #74159359
+def add_guards(app: FastAPI, settings: Settings, meters: Meters) -> None:
+    "Size limit, counters, and errors in one sentence."
+    app.add_middleware(Guard, web=app, settings=settings, meters=meters)
 
     def refuse(status: int, text: Callable[[Exception], str], **headers: str) -> Callable:
         async def handler(_: Request, error: Exception) -> JSONResponse:
@@ -537,11 +552,19 @@ def add_guards(app: FastAPI, server: InferenceServer, settings: Settings, meters
     )
     app.add_exception_handler(Stopping, refuse(503, lambda e: "the server is stopping"))
 
-# %% ../../nbs/apps/62_serve.ipynb #1bedebbc
+# %% ../../nbs/apps/62_serve.ipynb #d75004c0
+class Numbers(JSONResponse):
+    "An answer with arrays."
+
+    def render(self, content: Any) -> bytes:
+        "JSON, with arrays as lists."
+        return orjson.dumps(content, default=plain, option=orjson.OPT_SERIALIZE_NUMPY)
+
+# %% ../../nbs/apps/62_serve.ipynb #c7911a75
 def add_questions(app: FastAPI, server: InferenceServer, settings: Settings) -> None:
     "The routes that ask the model."
 
-    def allowed(x_api_key: Annotated[str, Header()] = "") -> None:
+    async def allowed(x_api_key: Annotated[str, Header()] = "") -> None:
         if settings.api_key and not hmac.compare_digest(
             x_api_key.encode(), settings.api_key.encode()
         ):
@@ -555,36 +578,33 @@ def add_questions(app: FastAPI, server: InferenceServer, settings: Settings) -> 
     guarded = {"dependencies": [Depends(allowed)]}
 
     @app.post("/v1/forecast", **guarded)
-    async def forecast(request: ForecastRequest) -> dict:
+    async def forecast(request: ForecastRequest) -> Numbers:
         "Forecast one history."
         able("forecast")
         (answer,) = await server.ask([request])
-        times = (
-            {"times_s": [request.dt_s * (k + 1) for k in range(request.horizon)]}
-            if request.dt_s
-            else {}
-        )
-        return answer | times
+        if request.dt_s:
+            answer |= {"times_s": request.dt_s * np.arange(1, request.horizon + 1)}
+        return Numbers(answer)
 
     @app.post("/v1/forecast/batch", **guarded)
-    async def forecast_batch(batch: BatchRequest) -> dict:
+    async def forecast_batch(batch: BatchRequest) -> Numbers:
         "Forecast several histories; all are answered or none."
         able("forecast")
-        return {"answers": await server.ask(batch.requests)}
+        return Numbers({"answers": await server.ask(batch.requests)})
 
     @app.post("/v1/generate", **guarded)
-    async def generate(request: GenerateRequest) -> dict:
+    async def generate(request: GenerateRequest) -> Numbers:
         "The document's form: points in, points out."
         able("generate")
         (answer,) = await server.ask([as_forecast(request)])
-        return {"generated_tokens": answer["samples"][0]}
+        return Numbers({"generated_tokens": answer["samples"][0]})
 
     @app.post("/v1/embed", **guarded)
-    async def embed(request: EmbedRequest) -> dict:
+    async def embed(request: EmbedRequest) -> Numbers:
         "The representation of a motion."
         able("embed")
         (answer,) = await server.ask([request])
-        return answer
+        return Numbers(answer)
 
 # %% ../../nbs/apps/62_serve.ipynb #7521514d
 def add_state(app: FastAPI, server: InferenceServer, settings: Settings, meters: Meters) -> None:
@@ -646,7 +666,7 @@ def example_motions(service: Service) -> list[dict]:
         for n, p in parts
     ]
 
-# %% ../../nbs/apps/62_serve.ipynb #06be0393
+# %% ../../nbs/apps/62_serve.ipynb #5d6b2d8a
 def make_app(
     server: InferenceServer,
     settings: Settings | None = None,
@@ -664,7 +684,7 @@ def make_app(
     app = FastAPI(
         title=title, version=trajbook.__version__, lifespan=life, docs_url=None, redoc_url=None
     )
-    add_guards(app, server, settings, meters)
+    add_guards(app, settings, meters)
     add_questions(app, server, settings)
     add_state(app, server, settings, meters)
     return app
