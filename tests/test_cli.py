@@ -382,3 +382,22 @@ def test_doctor_says_what_to_do(here, capsys, monkeypatch):
     assert found["physics"]["state"] == "failed" and "trajbook[env]" in found["physics"]["text"]
     assert found["rendering"]["state"] == "optional" and "libegl1" in found["rendering"]["text"]
     assert found["numpy"]["state"] == "ok" and "has no function 'example'" in found["toy"]["text"]
+
+
+def test_train_stops_before_the_evaluation(here, capsys):
+    assert main(["train", "toy", "--name", "trained", "--in-process", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["runs"]
+    assert {k: v for k, v in row["stages"].items() if v == "done"}.keys() == {"data", "train"}
+    assert "belongs to `trajbook run`" in refused(capsys, "train", "toy", "--stages", "data")
+
+
+def test_latest_and_interactive_stand_for_a_run(here, capsys, monkeypatch):
+    assert main(["runs", "show", "--latest", "--json"]) == 0
+    newest = json.loads(capsys.readouterr().out)["run"]
+    assert main(["runs", "show", "latest", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"] == newest
+    monkeypatch.setattr("sys.stdin", io.StringIO("0\n"))
+    assert main(["eval", "--interactive", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "which run?" in err and json.loads(out)["method"] == "toy"
+    assert "Unrecognized" in refused(capsys, "config", "toy", "--latest")

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['Method', 'Pairs', 'RunName', 'Runs', 'Data', 'Device', 'ENDINGS', 'COMMANDS', 'DESCRIPTION', 'FIRST', 'read_seeds',
-           'read_duration', 'read_overrides', 'Command', 'RunCommand', 'run_methods', 'run_from', 'run_row', 'summary',
-           'show_summary', 'list_row', 'runs_table', 'pick_run', 'stages_table', 'describe_run', 'RunsCommand',
-           'evaluate_again', 'EvalCommand', 'ConfigCommand', 'import_or_explain', 'preset_runs', 'CompareCommand',
-           'PublishCommand', 'BenchCommand', 'method_word', 'read_trajectories', 'check_ending', 'write_vectors',
-           'EmbedCommand', 'ForecastCommand', 'ServeCommand', 'DeployCommand', 'finished_run', 'DemoCommand', 'Finding',
-           'examine', 'requirements', 'examine_requirement', 'try_physics', 'try_rendering', 'try_python', 'try_gpu',
-           'try_program', 'try_folder', 'try_method', 'diagnose', 'DoctorCommand', 'VersionCommand', 'dotted_as_set',
-           'repeat_option', 'sentence', 'show_examples', 'parse', 'report', 'main']
+           'read_duration', 'read_overrides', 'Command', 'RunCommand', 'run_methods', 'run_from', 'TrainCommand',
+           'run_row', 'summary', 'show_summary', 'list_row', 'runs_table', 'pick_run', 'stages_table', 'describe_run',
+           'RunsCommand', 'evaluate_again', 'EvalCommand', 'ConfigCommand', 'import_or_explain', 'preset_runs',
+           'CompareCommand', 'PublishCommand', 'BenchCommand', 'method_word', 'read_trajectories', 'check_ending',
+           'write_vectors', 'EmbedCommand', 'ForecastCommand', 'ServeCommand', 'DeployCommand', 'finished_run',
+           'DemoCommand', 'Finding', 'examine', 'requirements', 'examine_requirement', 'try_physics', 'try_rendering',
+           'try_python', 'try_gpu', 'try_program', 'try_folder', 'try_method', 'diagnose', 'DoctorCommand',
+           'VersionCommand', 'dotted_as_set', 'repeat_option', 'run_words', 'sentence', 'show_examples', 'parse',
+           'report', 'main']
 
-# %% ../../nbs/apps/64_cli.ipynb #9d7e8646
+# %% ../../nbs/apps/64_cli.ipynb #92d340e3
 import contextlib
 import importlib
 import importlib.metadata
@@ -32,7 +33,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from configparser import ConfigParser
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import or_
 from pathlib import Path
@@ -192,6 +193,25 @@ def run_from(
         jobs=options.jobs, time_limit_s=time_limit_s, isolate=not options.in_process, **again,
     )  # fmt: skip
 
+# %% ../../nbs/apps/64_cli.ipynb #630359c0
+@dataclass(frozen=True)
+class TrainCommand(RunCommand):
+    "Run a method up to its training, for one or several seeds."
+
+    EXAMPLES = (
+        "trajbook train moe --preset small --name my-experiment",
+        "trajbook train mae --config mine.yaml --time-limit 2h --resume",
+    )
+
+    def __call__(self) -> None:
+        if self.stages:
+            raise TrajbookError(
+                "--stages belongs to `trajbook run`; train chooses its stages itself"
+            )
+        stages = load_method(self.method).stages
+        upto = stages[: stages.index("train") + 1]
+        RunCommand.__call__(replace(self, stages=",".join(upto)))
+
 # %% ../../nbs/apps/64_cli.ipynb #f3807c85
 def run_row(run: RunReader) -> dict:
     "What there is to say about a run in one row."
@@ -310,12 +330,12 @@ def evaluate_again(run: RunReader) -> None:
     with environment(child_environment(run.cfg.threads, None)):
         run_seed(Job(run.method, run.cfg, run.dir, Lines()), ["evaluate"])
 
-# %% ../../nbs/apps/64_cli.ipynb #dfe43269
+# %% ../../nbs/apps/64_cli.ipynb #9bd04922
 @dataclass(frozen=True)
 class EvalCommand(Command):
     "Evaluate a trained run again if its code has changed since, and show all its numbers."
 
-    EXAMPLES = ("trajbook eval mae/small",)
+    EXAMPLES = ("trajbook eval mae/small", "trajbook eval --latest", "trajbook eval --interactive")
     run: Positional[RunName] = "latest"  # latest, METHOD, METHOD/NAME, METHOD/NAME/seed-K or a path
 
     def __call__(self) -> None:
@@ -830,6 +850,15 @@ def repeat_option(words: Sequence[str]) -> list[str]:
         out.append(word)
     return out
 
+# %% ../../nbs/apps/64_cli.ipynb #dfea8327
+def run_words(words: Sequence[str]) -> list[str]:
+    "Write `--latest` as the run `latest`, and `--interactive` as the folder that a person picks."
+    fields = getattr(COMMANDS.get(words[0]), "__dataclass_fields__", {}) if words else {}
+    if not {"run", "runs"} & fields.keys():
+        return list(words)
+    instead = {"--latest": lambda: "latest", "--interactive": lambda: str(pick_run())}
+    return [instead[w]() if w in instead else w for w in words]
+
 # %% ../../nbs/apps/64_cli.ipynb #a8268fcb
 def sentence(box: str) -> str:
     "One sentence from the box that tyro draws around an error, with lines or with dashes."
@@ -843,9 +872,9 @@ def sentence(box: str) -> str:
     message = blocks[0] if box.lstrip().startswith("╭") or len(blocks) == 1 else blocks[1]
     return " ".join(message).removeprefix("Error ").rstrip(".") or "the command is incomplete"
 
-# %% ../../nbs/apps/64_cli.ipynb #09846467
+# %% ../../nbs/apps/64_cli.ipynb #d80b4020
 COMMANDS = {
-    "run": RunCommand, "runs": RunsCommand, "eval": EvalCommand, "embed": EmbedCommand,
+    "run": RunCommand, "train": TrainCommand, "runs": RunsCommand, "eval": EvalCommand, "embed": EmbedCommand,
     "forecast": ForecastCommand, "serve": ServeCommand, "deploy": DeployCommand,
     "compare": CompareCommand, "demo": DemoCommand, "bench": BenchCommand, "publish": PublishCommand,
     "config": ConfigCommand, "doctor": DoctorCommand, "version": VersionCommand,
@@ -868,7 +897,7 @@ def show_examples(command: str) -> None:
     examples = COMMANDS[command].EXAMPLES if command in COMMANDS else FIRST
     print("\n".join(("\nexamples:", *(f"  {x}" for x in examples), "")))
 
-# %% ../../nbs/apps/64_cli.ipynb #6483ba16
+# %% ../../nbs/apps/64_cli.ipynb #038873f6
 def parse(words: Sequence[str]) -> Callable[[], int | None]:  # The command, ready to be called
     "Read the command line; `SystemExit(0)` after showing help."
     first = words[0] if words else "--help"
@@ -878,10 +907,10 @@ def parse(words: Sequence[str]) -> Callable[[], int | None]:  # The command, rea
         raise TrajbookError(nearest(first, list(COMMANDS), "command"))
     choices = reduce(or_, (Annotated[c, subcommand(name)] for name, c in COMMANDS.items()))
     options = {"prog": "trajbook", "description": DESCRIPTION, "config": (FlagCreatePairsOff,)}
-    caught = io.StringIO()
+    caught, typed = io.StringIO(), repeat_option(dotted_as_set(run_words(words) or [first]))
     try:
         with contextlib.redirect_stderr(caught):
-            return tyro.cli(choices, args=repeat_option(dotted_as_set(words or [first])), **options)
+            return tyro.cli(choices, args=typed, **options)
     except SystemExit as e:
         if e.code in (0, None):
             show_examples(first)
