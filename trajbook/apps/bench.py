@@ -801,14 +801,16 @@ def bench_table(
     note = f"*{machine}, PyTorch {result['versions']['torch']}, {result['rounds']} rounds.*"
     return Table(["quantity", "value", "95 %", "meaning"], rows, note)
 
-# %% ../../nbs/apps/61_bench.ipynb #a5ea5b94
+# %% ../../nbs/apps/61_bench.ipynb #6691a6a1
 def ratio_picture(
     result: dict,  # From `run_bench` or `read_bench`
 ) -> Picture:
-    "Speed of our model divided by that of its rivals, with intervals."
-    known = {k: r for k, r in result["ratios"].items() if r and ("_vs_torch" in k or "_bert" in k)}
+    "Speed of ours divided by that of its rivals, with intervals."
+    speedup = lambda k: "_vs_" in k and not k.endswith("_time")  # noqa: E731
+    known = {k: r for k, r in result["ratios"].items() if r and speedup(k)}
     values = {k: {"value": r["value"], "ci95": [r["lo"], r["hi"]]} for k, r in known.items()}
-    return bars(values, "times as fast", "Our model and its rivals", {"equally fast": 1.0})
+    title = f"{result['method']}: ours and its rivals"
+    return bars(values, "times as fast", title, {"equally fast": 1.0})
 
 # %% ../../nbs/apps/61_bench.ipynb #50604f51
 def speed_picture(
