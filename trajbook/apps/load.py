@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODES', 'BATCHING', 'request_bytes', 'exchange', 'Answered', 'client', 'Load', 'press', 'summary', 'free_port',
-           'serving', 'await_ready', 'fresh_checkpoint', 'questions', 'load_test', 'ratios', 'load_table']
+           'serving', 'await_ready', 'fresh_checkpoint', 'questions', 'load_test', 'ratios', 'load_table',
+           'waiting_picture']
 
-# %% ../../nbs/apps/65_load.ipynb #b4aed7a0
+# %% ../../nbs/apps/65_load.ipynb #f8136d80
 import asyncio
 import contextlib
 import json
@@ -32,6 +33,7 @@ from ..core import TrajbookError, rng
 from ..moe.data import FAMILIES, PRESETS, make_motions
 from ..moe.model import MoEForecaster, describe
 from ..run import Table, hardware, versions
+from ..viz import Picture, legend, picture, style
 
 # %% ../../nbs/apps/65_load.ipynb #b9e50043
 def request_bytes(path: str, body: Mapping) -> bytes:
@@ -112,17 +114,19 @@ def press(
     answers = [a for part in asyncio.run(all_clients()) for a in part]
     return Load(answers, time.perf_counter() - start, used() - cpu)
 
-# %% ../../nbs/apps/65_load.ipynb #3fdaf973
+# %% ../../nbs/apps/65_load.ipynb #e3d3ea9a
 def summary(loads: Sequence[Load]) -> dict:
     "Answers, errors, rates and waiting times of all rounds together."
     answers = [a for load in loads for a in load.answers]
     good = [a.took_s for a in answers if a.status == 200]
     bad = Counter(str(a.status) for a in answers if a.status != 200)
-    wait = (1e3 * np.quantile(good, [0.5, 0.95, 0.99])).tolist() if good else [None] * 3
+    curve = (1e3 * np.quantile(good, np.arange(1, 100) / 100)).tolist() if good else []
+    wait = [curve[k - 1] if curve else None for k in (50, 95, 99)]
     wall, cpu = sum(v.wall_s for v in loads), sum(v.server_cpu_s for v in loads)
     found = {"answers": len(good), "errors": dict(bad), "wall_s": wall}
     found |= {"per_second": len(good) / wall, "server_cpu_ms": 1e3 * cpu / max(1, len(good))}
-    return found | dict(zip(("p50_ms", "p95_ms", "p99_ms"), wait, strict=True))
+    found |= dict(zip(("p50_ms", "p95_ms", "p99_ms"), wait, strict=True))
+    return found | {"curve_ms": curve}  # at 1 %, 2 %, … 99 %
 
 # %% ../../nbs/apps/65_load.ipynb #ec666908
 def free_port() -> int:
@@ -245,3 +249,14 @@ def load_table(result: Mapping) -> Table:  # From `load_test`
     head = ["", "answers", "errors", "per second", "p50 / ms", "p95 / ms", "p99 / ms"]
     note = f"*{result['clients']} clients, {result['hardware']['cpu']}, one thread for the model.*"
     return Table([*head, "server ms per answer"], rows, note)
+
+# %% ../../nbs/apps/65_load.ipynb #4a8fe097
+def waiting_picture(result: Mapping) -> Picture:  # From `load_test`
+    "Share of the answers that have arrived, over the time since the question."
+    fig, ax = picture(height=2.6)
+    for name, side in result["sides"].items():
+        if side["curve_ms"]:
+            ax.plot(side["curve_ms"], np.arange(1, 100), label=name.replace(".", ", batching "))
+    ax.set_xscale("log")
+    legend(style(ax, f"{result['clients']} clients", "time to the answer / ms", "% answered"))
+    return fig
