@@ -7,7 +7,7 @@ __all__ = ['MODES', 'BATCHING', 'request_bytes', 'exchange', 'Answered', 'client
            'serving', 'await_ready', 'fresh_checkpoint', 'questions', 'load_test', 'ratios', 'load_table',
            'waiting_picture']
 
-# %% ../../nbs/apps/65_load.ipynb #f8136d80
+# %% ../../nbs/apps/65_load.ipynb #54fac0e8
 import asyncio
 import contextlib
 import json
@@ -33,7 +33,7 @@ from ..core import TrajbookError, rng
 from ..moe.data import FAMILIES, PRESETS, make_motions
 from ..moe.model import MoEForecaster, describe
 from ..run import Table, hardware, versions
-from ..viz import Picture, legend, picture, style
+from ..viz import Picture, picture, style
 
 # %% ../../nbs/apps/65_load.ipynb #b9e50043
 def request_bytes(path: str, body: Mapping) -> bytes:
@@ -250,13 +250,14 @@ def load_table(result: Mapping) -> Table:  # From `load_test`
     note = f"*{result['clients']} clients, {result['hardware']['cpu']}, one thread for the model.*"
     return Table([*head, "server ms per answer"], rows, note)
 
-# %% ../../nbs/apps/65_load.ipynb #4a8fe097
+# %% ../../nbs/apps/65_load.ipynb #04cd5e44
 def waiting_picture(result: Mapping) -> Picture:  # From `load_test`
     "Share of the answers that have arrived, over the time since the question."
-    fig, ax = picture(height=2.6)
+    fig, ax = picture(width=8, height=2.8)
     for name, side in result["sides"].items():
         if side["curve_ms"]:
             ax.plot(side["curve_ms"], np.arange(1, 100), label=name.replace(".", ", batching "))
-    ax.set_xscale("log")
-    legend(style(ax, f"{result['clients']} clients", "time to the answer / ms", "% answered"))
+    style(ax, f"{result['clients']} clients", "time to the answer / ms", "% answered")
+    ax.set_xlim(left=0)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig

@@ -6,7 +6,7 @@
 __all__ = ['CONDITIONS', 'METRICS', 'Ruler', 'FAR_S', 'Cases', 'cases_of', 'Metric', 'metric', 'distance', 'error', 'going_on',
            'position_error', 'velocity_error', 'acceleration_error', 'curvature', 'curvature_error',
            'path_length_error', 'endpoint_error', 'temporal_consistency', 'jerk_ratio', 'conservation_error', 'mse',
-           'mae', 'family_r2', 'family_means', 'polynomial', 'recurrence', 'ruler_settings', 'mean_error',
+           'mae', 'family_r2', 'family_means', 'polynomial', 'recurrence', 'selected', 'ruler_settings', 'mean_error',
            'choose_rulers', 'slopes', 'oracle', 'oracle_forecast', 'ball_radius', 'crps_t', 'recurrence_scale',
            'predict', 'best_of', 'part_of', 'all_forecasts', 'record_errors', 'record_metrics', 'record_probabilities',
            'long_cases', 'record_other_ways', 'lyapunov_exponent', 'valid_time', 'record_far', 'inverse_jerk',
@@ -195,10 +195,10 @@ def temporal_consistency(cases: Cases, mean: np.ndarray) -> np.ndarray:
     rest = np.maximum(*sizes) < 1e-6
     return np.where(rest, 1.0, (a * b).sum(-1) / size).mean(1)
 
-# %% ../../nbs/moe/33_evaluate.ipynb #4605ef27
+# %% ../../nbs/moe/33_evaluate.ipynb #5c4295d8
 @metric("jerk_ratio", "1", None, over="median")
 def jerk_ratio(cases: Cases, mean: np.ndarray) -> np.ndarray:
-    "Root mean square jerk by the truth's own; 1 is right, 0 is frozen."
+    "Root mean square jerk by the truth's own, the joint with the context included; 1 is right."
     a, b = (np.diff(going_on(cases, p, 3), n=3, axis=1) for p in (mean, cases.future))
     rms = [np.sqrt((j**2).sum(-1).mean(1)) for j in (a, b)]
     return rms[0] / np.maximum(rms[1], 1e-12 * np.maximum(1, cases.spread))
@@ -284,7 +284,24 @@ def recurrence(
 
     return go_on
 
-# %% ../../nbs/moe/33_evaluate.ipynb #9ef7fac3
+# %% ../../nbs/moe/33_evaluate.ipynb #a92944ec
+def selected(
+    orders: Sequence[int],
+    ridge: float,
+) -> Ruler:
+    "The recurrence whose order was best at foretelling the end of the context."
+
+    def go_on(x: Tensor, horizon: int) -> Tensor:
+        rulers = [recurrence(p, ridge) for p in orders]
+        end = min(horizon, x.shape[1] // 4)
+        tried = torch.stack([r(x[:, :-end], end) for r in rulers])
+        missed = (tried - x[:, -end:]).norm(dim=-1).mean(-1)
+        found = torch.stack([r(x, horizon) for r in rulers])
+        return found[missed.argmin(0), torch.arange(x.shape[0])]
+
+    return go_on
+
+# %% ../../nbs/moe/33_evaluate.ipynb #9aa09a42
 def ruler_settings(cfg: EvaluateConfig) -> dict[str, dict[str, Ruler]]:  # Name to settings
     "All rulers with all their settings."
     lengths = (2, 4, 8, 16)
@@ -298,6 +315,7 @@ def ruler_settings(cfg: EvaluateConfig) -> dict[str, dict[str, Ruler]]:  # Name 
             for p in cfg.ar_orders
             for r in cfg.ar_ridges
         },
+        "linear_ar_selected": {f"ridge {r:g}": selected(cfg.ar_orders, r) for r in cfg.ar_ridges},
     }
 
 # %% ../../nbs/moe/33_evaluate.ipynb #732099d9

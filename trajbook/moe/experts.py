@@ -136,7 +136,7 @@ def mutual_information(
     seen = joint > 0
     return float((joint[seen] * np.log(joint[seen] / apart[seen])).sum())
 
-# %% ../../nbs/moe/34_experts.ipynb #f4f28cb2
+# %% ../../nbs/moe/34_experts.ipynb #9d2d1090
 def information(
     first: np.ndarray,  # (n, L) chosen expert
     label: np.ndarray,  # (n, L) a property
@@ -144,11 +144,11 @@ def information(
     draw: np.random.Generator,
 ) -> tuple[float, float, float]:  # Nats; mean of the null; p (Phipson and Smyth 2010, eq. 2)
     "Mutual information of choice and property, beside its null."
-    value = mutual_information(first.ravel(), label.ravel())
-    null = [
-        mutual_information(first.ravel(), label[draw.permutation(len(label))].ravel())
-        for _ in range(permutations)
-    ]
+    value, null = mutual_information(first.ravel(), label.ravel()), []
+    same = (label == label[:1]).all()  # in every window: dealing windows out would do nothing
+    for _ in range(permutations):
+        dealt = draw.permuted(label, axis=1) if same else label[draw.permutation(len(label))]
+        null.append(mutual_information(first.ravel(), dealt.ravel()))
     reached = 1 + sum(v >= value for v in null)  # the value itself is one of the possible deals
     return value, float(np.mean(null)), reached / (1 + permutations)
 
@@ -338,7 +338,7 @@ class ExpertViewer(anywidget.AnyWidget):
         data = viewer_state(*args, **options)
         super().__init__(data=data, step=data["context"] // 2)
 
-# %% ../../nbs/moe/34_experts.ipynb #52cb4fff
+# %% ../../nbs/moe/34_experts.ipynb #d553f24e
 def usage_table(choices: Choices, family: np.ndarray, n: int, k: int) -> np.ndarray:
     "Share of the choices of each family: (layers, families, E)."
     return np.stack([(choices.gate[:, family == f] > 0).mean((1, 2)) / k for f in range(n)], 1)
@@ -349,11 +349,13 @@ def record_information(run: Run, name: str, choices: Choices, cases: Cases, patc
     draw, n = rng(run.cfg.data.seed, "moe", "null", name), run.cfg.evaluate.permutations
     for what, label in properties(cases, patch).items():
         found = [information(first, label, n, draw) for first in choices.first]
-        value, null, reached = (float(np.mean(v)) for v in zip(*found, strict=True))
+        values, nulls, reached = zip(*found, strict=True)
         key = f"evaluate.experts.{name}.mutual_information"
-        run.record(f"{key}.{what}.value", value, "nats")
-        run.record(f"{key}.{what}.null", null, "nats")
-        run.record(f"{key}.{what}.p", reached, "1")
+        run.record(f"{key}.{what}.value", float(np.mean(values)), "nats")
+        run.record(f"{key}.{what}.null", float(np.mean(nulls)), "nats")
+        run.record(f"{key}.{what}.p", max(reached), "1")  # of the layer that convinces least
+        for layer, value in enumerate(values):
+            run.record(f"{key}.{what}.layer_{layer}", value, "nats")
         run.compare(f"{key}.{what}.value", f"{key}.{what}.null")
 
 # %% ../../nbs/moe/34_experts.ipynb #9d357135

@@ -8,7 +8,7 @@ __all__ = ['Targets', 'targets', 'size_of', 'forecast_losses', 'routing_losses',
            'progress_picture', 'examples_of', 'monitor', 'calibrate', 'save_model', 'fresh_model', 'train_variant',
            'finish', 'run_stage']
 
-# %% ../../nbs/moe/32_train.ipynb #e700bec8
+# %% ../../nbs/moe/32_train.ipynb #cc5714f4
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..core import atomic_write, key_to_seed
 from ..data import Trajectories
 from .data import LossConfig, ModelConfig, MoEConfig, Stream, variant
 from trajbook.moe.model import (
+    NORM_STEPS,
     Mixture,
     MoEForecaster,
     Outputs,
@@ -38,13 +39,13 @@ from trajbook.moe.model import (
 from ..run import Run, in_jupyter, save_figure, settle, stage, time_left
 from ..train import fit, share, to_tensors, train_all
 
-# %% ../../nbs/moe/32_train.ipynb #8efacf14
+# %% ../../nbs/moe/32_train.ipynb #e24c20fa
 class Targets(NamedTuple):
     "The truth, in each window's units."
 
     future: Tensor  # (B, H, D) after the context
     own: Tensor  # (B, A, H, D) after each of the last A tokens
-    asked: Tensor  # (B, A) 1 where a token has seen enough
+    asked: Tensor  # (B, A) 1 where a token has seen all samples that give the units
 
 
 def targets(
@@ -57,7 +58,8 @@ def targets(
     truth = ((batch["position"].double() - out.window.center) / out.window.scale).float()
     ends = C - P * torch.arange(A - 1, -1, -1, device=truth.device)
     own = truth[:, ends[:, None] + torch.arange(H, device=truth.device)]
-    asked = batch["n_valid"][:, None] - (C - ends) >= min(P, 8)
+    n_valid = batch["n_valid"][:, None]
+    asked = n_valid - (C - ends) >= n_valid.clamp(max=NORM_STEPS)
     return Targets(truth[:, C : C + H], own, asked.float())
 
 # %% ../../nbs/moe/32_train.ipynb #a8e6413f
