@@ -479,3 +479,36 @@ def test_what_is_no_http_is_refused(process, words):
         return answer
 
     assert asyncio.run(send()).startswith((b"HTTP/1.1 4", b"")) and ask(process[1], GOOD)
+
+
+def test_token_by_token_without_samples_is_the_cold_path(client):
+    asked = {"history": histories(1)[0].tolist(), "mode": "autoregressive"}
+    cold = client.post("/v1/forecast", json=asked | {"samples": 1, "temperature": 0}).json()
+    for seed in (0, 1):
+        answer = client.post("/v1/forecast", json=asked | {"seed": seed}).json()
+        assert answer.keys() == {"mean"}
+        np.testing.assert_allclose(answer["mean"], cold["mean"], rtol=1e-5, atol=1e-6)
+    refused = client.post("/v1/forecast", json=asked | {"quantiles": [0.5]})
+    assert refused.status_code == 422 and "at least 8" in refused.json()["detail"]
+
+
+def test_times_stand_in_every_answer_that_has_a_step(client):
+    timed = GOOD | {"dt_s": 0.5}
+    batch = client.post("/v1/forecast/batch", json={"requests": [GOOD, timed]}).json()["answers"]
+    assert "times_s" not in batch[0] and batch[1]["times_s"] == [0.5, 1.0, 1.5, 2.0]
+
+
+def test_a_batch_that_can_never_fit_is_not_told_to_come_back(checkpoint):
+    with TestClient(make_app(InferenceServer(checkpoint, "cpu", max_queue=2))) as small:
+        answer = small.post("/v1/forecast/batch", json={"requests": [GOOD] * 3})
+    assert answer.status_code == 422 and "queue of 2" in answer.json()["detail"]
+
+
+def test_a_pass_that_fails_is_said_in_a_sentence(checkpoint, monkeypatch):
+    server = InferenceServer(checkpoint, "cpu")
+    with TestClient(make_app(server), raise_server_exceptions=False) as broken:
+        monkeypatch.setattr(server.service, "answer", lambda requests: 1 / 0)
+        answer = broken.post("/v1/forecast", json=GOOD)
+        assert answer.status_code == 500 and "log has the reason" in answer.json()["detail"]
+        counted = broken.get("/metrics").text
+    assert 'trajbook_requests_total{path="/v1/forecast",status="500"} 1.0' in counted

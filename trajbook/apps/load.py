@@ -7,7 +7,7 @@ __all__ = ['MODES', 'BATCHING', 'request_bytes', 'exchange', 'Answered', 'client
            'serving', 'await_ready', 'fresh_checkpoint', 'questions', 'load_test', 'ratios', 'load_table',
            'waiting_picture']
 
-# %% ../../nbs/apps/65_load.ipynb #54fac0e8
+# %% ../../nbs/apps/65_load.ipynb #5d68c3d3
 import asyncio
 import contextlib
 import json
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
@@ -85,7 +86,7 @@ async def client(
         writer.close()
     return found
 
-# %% ../../nbs/apps/65_load.ipynb #97dbb034
+# %% ../../nbs/apps/65_load.ipynb #d0fc170e
 class Load(NamedTuple):
     "What some clients saw."
 
@@ -111,7 +112,8 @@ def press(
 
     used = lambda: sum(server.cpu_times()[:2])  # noqa: E731
     cpu, start = used(), time.perf_counter()
-    answers = [a for part in asyncio.run(all_clients()) for a in part]
+    with ThreadPoolExecutor(1) as apart:  # a notebook has an event loop of its own
+        answers = [a for part in apart.submit(asyncio.run, all_clients()).result() for a in part]
     return Load(answers, time.perf_counter() - start, used() - cpu)
 
 # %% ../../nbs/apps/65_load.ipynb #e3d3ea9a

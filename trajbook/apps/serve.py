@@ -53,18 +53,24 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-# %% ../../nbs/apps/62_serve.ipynb #de7ac572
+# %% ../../nbs/apps/62_serve.ipynb #4395f291
 class ForecastRequest(Strict):
     "A history and what is wanted of its future."
 
-    history: History = Field(description="positions in metres, oldest first, evenly spaced in time")
+    history: History = Field(
+        description="positions in metres, oldest first, at the rate of the training (see /v1/model); "
+        "what lies before the context of the model is not used"
+    )
     dt_s: Annotated[FiniteFloat, Field(gt=0, le=1e6)] | None = Field(
-        None, description="seconds between samples, for the times in the answer"
+        None,
+        description="seconds between samples, for the times in the answer; the model does not see it",
     )
     horizon: int = Field(32, ge=1, le=512, description="samples to be foretold")
     samples: int = Field(0, ge=0, le=64, description="futures to draw")
     quantiles: list[Quantile] = Field([], max_length=16, description="of every coordinate")
-    temperature: FiniteFloat = Field(1.0, ge=0, le=10, description="times the scale of the futures")
+    temperature: FiniteFloat = Field(
+        1.0, ge=0, le=10, description="times the width of futures and quantiles"
+    )
     mode: Literal["one_shot", "autoregressive"] = "one_shot"
     seed: int = Field(0, ge=0, le=2**53, description="of the futures")
     explain: bool = Field(False, description="add weights of candidates and experts")
@@ -84,11 +90,14 @@ class BatchRequest(Strict):
 
     requests: list[ForecastRequest] = Field(min_length=1, max_length=64)
 
-# %% ../../nbs/apps/62_serve.ipynb #afb978a7
+# %% ../../nbs/apps/62_serve.ipynb #31642b0e
 class EmbedRequest(Strict):
     "A motion whose representation is wanted; for models that have one."
 
-    states: History = Field(description="one row per time step, in the units of the model")
+    states: History = Field(
+        description="one row per time step; for the masked autoencoder: x (m), angle (rad), "
+        "velocity (m/s), angular velocity (rad/s)"
+    )
 
 # %% ../../nbs/apps/62_serve.ipynb #385698dc
 def group_of(request: ForecastRequest, horizon: int) -> tuple:
@@ -161,7 +170,7 @@ def at_once(
         answers.append(answer)
     return answers
 
-# %% ../../nbs/apps/62_serve.ipynb #36c03177
+# %% ../../nbs/apps/62_serve.ipynb #dbb6880e
 def stepwise(
     model: torch.nn.Module,  # MoEForecaster with a transformer
     requests: Sequence[ForecastRequest],
@@ -172,12 +181,12 @@ def stepwise(
     code = importlib.import_module("trajbook.moe.model")
     S, longest = max(1, requests[0].samples), max(r.horizon for r in requests)
     errors = [code.draw_errors(model, S, longest, torch_generator(r.seed)) for r in requests]
-    heat = torch.tensor([r.temperature for r in requests])
+    heat = torch.tensor([r.temperature if r.samples else 0.0 for r in requests])
     made = code.generate(model, x, longest, n, S, heat, errors=torch.cat(errors)).cpu().numpy()
     answers = []
     for r, futures in zip(requests, made, strict=True):
         futures = futures[:, : r.horizon]
-        answer = {"mean": futures.mean(0), "samples": futures}
+        answer = {"mean": futures.mean(0)} | ({"samples": futures} if r.samples else {})
         if r.quantiles:
             answer["quantiles"] = {f"{q:g}": np.quantile(futures, q, axis=0) for q in r.quantiles}
         answers.append(answer)
@@ -201,7 +210,7 @@ def explain(
         "patch": model.config.patch,
     }
 
-# %% ../../nbs/apps/62_serve.ipynb #42d38aa9
+# %% ../../nbs/apps/62_serve.ipynb #4c69c6c9
 class ForecastService(Service):
     "Answers forecasts with a `MoEForecaster`."
 
@@ -214,6 +223,10 @@ class ForecastService(Service):
             raise TrajbookError(f"history has {found}; this model takes {config.dims}")
         if request.mode == "autoregressive" and config.architecture != "transformer":
             raise TrajbookError(f"mode autoregressive is not possible with a {config.architecture}")
+        if request.mode == "autoregressive" and request.quantiles and request.samples < 8:
+            raise TrajbookError(
+                "quantiles of futures drawn token by token need samples: at least 8"
+            )
         if request.samples * request.horizon > 8192:
             raise TrajbookError("samples times horizon is at most 8192")
 
@@ -232,6 +245,7 @@ class ForecastService(Service):
         answers = way(self.model, requests, x, n)
         for i, r in enumerate(requests):
             answers[i] |= explain(self.model, x[i : i + 1], n[i : i + 1]) if r.explain else {}
+            answers[i] |= {"times_s": r.dt_s * np.arange(1, r.horizon + 1)} if r.dt_s else {}
         return answers
 
 # %% ../../nbs/apps/62_serve.ipynb #800533f9
@@ -296,7 +310,7 @@ class Busy(Exception):
 class Stopping(Exception):
     "The server takes no more requests."
 
-# %% ../../nbs/apps/62_serve.ipynb #d021f9fc
+# %% ../../nbs/apps/62_serve.ipynb #12bc7b24
 Waiting = tuple[BaseModel, asyncio.Future]
 
 
@@ -317,6 +331,9 @@ class Queue:
         "The answers to these requests; all of them are accepted or none."
         if self.stopping:
             raise Stopping
+        if len(requests) > self.max_queue:
+            text = f"a batch of {len(requests)} does not fit a queue of {self.max_queue}"
+            raise TrajbookError(text)
         if len(self.waiting) + len(requests) > self.max_queue:
             raise Busy
         loop = asyncio.get_running_loop()
@@ -326,7 +343,7 @@ class Queue:
         return list(await asyncio.gather(*futures))
 
     def take(self) -> list[Waiting]:
-        "The oldest requests that may go together; those whose client has left are dropped."
+        "The oldest requests that may go together; those that were cancelled are dropped."
         self.waiting = [w for w in self.waiting if not w[1].cancelled()]
         if not self.waiting:
             return []
@@ -500,11 +517,12 @@ def said(error: RequestValidationError | ValidationError) -> str:
     place = ".".join(str(p) for p in first[0]["loc"] if p != "body")
     return f"{place or 'request'}: {first[0]['msg']}"
 
-# %% ../../nbs/apps/62_serve.ipynb #866b54b7
+# %% ../../nbs/apps/62_serve.ipynb #c61395eb
 def too_large(scope: Mapping, most: int) -> bool:
     "Whether the headers of a request announce a body that is not wanted."
-    said = Request(scope).headers.get("content-length", "" if scope["method"] == "POST" else "0")
-    return not said.isdigit() or int(said) > most
+    missing = "" if scope["method"] == "POST" else "0"
+    length = Request(scope).headers.get("content-length", missing)
+    return not length.isdigit() or int(length) > most
 
 
 class Guard:
@@ -534,7 +552,7 @@ class Guard:
             self.meters.requests.labels(label, status).inc()
             self.meters.seconds.labels(label).observe(time.perf_counter() - start)
 
-# %% ../../nbs/apps/62_serve.ipynb #74159359
+# %% ../../nbs/apps/62_serve.ipynb #860ae71a
 def add_guards(app: FastAPI, settings: Settings, meters: Meters) -> None:
     "Size limit, counters, and errors in one sentence."
     app.add_middleware(Guard, web=app, settings=settings, meters=meters)
@@ -551,6 +569,8 @@ def add_guards(app: FastAPI, settings: Settings, meters: Meters) -> None:
         Busy, refuse(429, lambda e: "too many requests are waiting", **{"Retry-After": "1"})
     )
     app.add_exception_handler(Stopping, refuse(503, lambda e: "the server is stopping"))
+    failed = "this request made the model fail; the server's log has the reason"
+    app.add_exception_handler(Exception, refuse(500, lambda e: failed))
 
 # %% ../../nbs/apps/62_serve.ipynb #d75004c0
 class Numbers(JSONResponse):
@@ -560,7 +580,7 @@ class Numbers(JSONResponse):
         "JSON, with arrays as lists."
         return orjson.dumps(content, default=plain, option=orjson.OPT_SERIALIZE_NUMPY)
 
-# %% ../../nbs/apps/62_serve.ipynb #c7911a75
+# %% ../../nbs/apps/62_serve.ipynb #5c070d8c
 def add_questions(app: FastAPI, server: InferenceServer, settings: Settings) -> None:
     "The routes that ask the model."
 
@@ -582,8 +602,6 @@ def add_questions(app: FastAPI, server: InferenceServer, settings: Settings) -> 
         "Forecast one history."
         able("forecast")
         (answer,) = await server.ask([request])
-        if request.dt_s:
-            answer |= {"times_s": request.dt_s * np.arange(1, request.horizon + 1)}
         return Numbers(answer)
 
     @app.post("/v1/forecast/batch", **guarded)
@@ -815,7 +833,7 @@ def serve(
     print(f"serving {server.service.header['class']} on http://{host}:{port}", flush=True)
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
 
-# %% ../../nbs/apps/62_serve.ipynb #d1c80f21
+# %% ../../nbs/apps/62_serve.ipynb #9b54118a
 def ask(
     url: str,  # Such as http://127.0.0.1:8080
     request: Mapping,  # As for `InferenceServer.handle_request`
@@ -834,8 +852,10 @@ def ask(
         with urlopen(sent, timeout=timeout_s) as reply:
             return loads(reply.read())
     except HTTPError as e:
-        raise TrajbookError(
-            f"{url} refused ({e.code}): {loads(e.read() or b'{}').get('detail')}"
-        ) from None
+        try:
+            reason = loads(e.read())["detail"]
+        except (ValueError, KeyError, TypeError):  # something between us and the server
+            reason = e.reason
+        raise TrajbookError(f"{url} refused ({e.code}): {reason}") from None
     except (URLError, TimeoutError) as e:
         raise TrajbookError(f"{url} does not answer: {e}") from None
