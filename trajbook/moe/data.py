@@ -709,7 +709,7 @@ class EvaluateConfig:
     ar_orders: tuple[int, ...] = (4, 8, 16, 24, 32, 48)  # validation chooses
     ar_ridges: tuple[float, ...] = (1e-14, 1e-10, 1e-6, 1e-4)
 
-# %% ../../nbs/moe/30_data.ipynb #1c617701
+# %% ../../nbs/moe/30_data.ipynb #6aa6450e
 @dataclass(frozen=True)
 class VariantConfig:
     "One network and how it is trained."
@@ -727,8 +727,8 @@ UNROUTED = {"model.router": "random", "loss.router_z": 0.0} | UNBALANCED  # nobo
 VARIANTS = {  # name: (what it changes, steps relative to the mixture's, what for)
     "moe": ({}, 1.0, "the mixture of experts"),
     "dense": (DENSE, 1.0, "equal active parameters, equal steps"),
-    "dense_time": (DENSE, 1.45, "equal active parameters, equal time"),
-    "gru": (PLAIN | {"model.architecture": "gru"}, 3.0, "recurrent, alone, equal time"),
+    "dense_time": (DENSE, 1.5, "equal active parameters, equal time"),
+    "gru": (PLAIN | {"model.architecture": "gru"}, 4.0, "recurrent, alone, equal time"),
     "dlinear": (PLAIN | {"model.architecture": "dlinear"}, 1.0, "one linear layer (Zeng 2023)"),
     "plain": (PLAIN, 1.0, "the mixture without classical candidates"),
     "random_router": (UNROUTED, 1.0, "experts by place in the window, not by content"),
@@ -744,7 +744,7 @@ VARIANTS = {  # name: (what it changes, steps relative to the mixture's, what fo
     "no_own": ({"loss.own": 0.0}, 1.0, "the own forecast is judged only in company"),
     "no_rotation": ({"augment.rotate": False}, 1.0, "motions only as they are made"),
     "mse": ({"loss.objective": "mse"}, 1.0, "squared error instead of distance"),
-    "patch_1": ({"model.patch": 1}, 0.3, "a token per sample"),
+    "patch_1": ({"model.patch": 1}, 0.16, "a token per sample, equal time"),
 }
 
 # %% ../../nbs/moe/30_data.ipynb #6d51e565
