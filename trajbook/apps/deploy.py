@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'START', 'APP', 'PACKAGES', 'DOCKERFILE', 'Program', 'export_program', 'measure_formats', 'requirements',
-           'model_card', 'golden_case', 'deploy', 'distribution', 'manifest_of']
+           'card_facts', 'card_measured', 'model_card', 'golden_case', 'distribution', 'manifest_of', 'fill', 'deploy']
 
-# %% ../../nbs/apps/63_deploy.ipynb #07631836
+# %% ../../nbs/apps/63_deploy.ipynb #2be41511
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ def measure_formats(
             }
     return found
 
-# %% ../../nbs/apps/63_deploy.ipynb #5756ad70
+# %% ../../nbs/apps/63_deploy.ipynb #fae5085b
 START = '''"""Serves the forecaster in this folder. Made by trajbook; needs requirements.txt and nothing else."""
 import argparse, hashlib, json, os, sys
 from pathlib import Path
@@ -102,6 +102,10 @@ def checked_manifest():
         if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             stop(f"{name} was changed: its SHA-256 is not the one in the manifest")
     return manifest
+'''
+
+# %% ../../nbs/apps/63_deploy.ipynb #0edd2253
+START += """
 
 def main():
     ask = argparse.ArgumentParser(description=__doc__)
@@ -125,9 +129,9 @@ def main():
 
 if __name__ == "__main__":
     main()
-'''
+"""
 
-# %% ../../nbs/apps/63_deploy.ipynb #2f2db1bc
+# %% ../../nbs/apps/63_deploy.ipynb #63f1be41
 APP = '''"""The web application; started by start_server.py."""
 import hmac
 import json
@@ -150,6 +154,11 @@ class Forecast(BaseModel):
     samples: int = Field(0, ge=0, le=64)
     temperature: FiniteFloat = Field(1.0, ge=0, le=10)
     seed: int = Field(0, ge=0, le=2**53)
+
+'''
+
+# %% ../../nbs/apps/63_deploy.ipynb #951f821e
+APP += """
 
 class Model:
     def __init__(self, file, manifest):
@@ -183,7 +192,7 @@ class Model:
             if not np.allclose(a, b, rtol=golden["rtol"], atol=golden["atol"]):
                 return f"the golden request gives another {key}, off by {np.abs(a - b).max():.3g}"
         return ""
-'''
+"""
 
 # %% ../../nbs/apps/63_deploy.ipynb #17ae843f
 APP += """
@@ -244,53 +253,43 @@ def requirements() -> str:
 
     return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in PACKAGES)
 
-# %% ../../nbs/apps/63_deploy.ipynb #ca419c1f
+# %% ../../nbs/apps/63_deploy.ipynb #e10e7a0d
+def card_facts(name: str, header: Mapping, size: int) -> list[str]:
+    "What the model is and what it was trained on."
+    extra, seen, to_come = header["extra"], header["inputs"]["position"], header["outputs"]["mean"]
+    families, rate = ", ".join(extra.get("families", [])), extra.get("sampling_rate_hz", "?")
+    return [
+        f"# {name}", "",
+        f"A forecaster of motions with {size:,} parameters, made with trajbook {header['trajbook']}.",
+        f"It sees {seen['shape'][1]} positions ({seen['unit']}) and foretells {to_come['shape'][1]}.",
+        "", "## Trained on", f"Synthetic motions at {rate} Hz: {families}.",
+        "Other motions, other rates and gaps in the samples were not trained; "
+        "the linear recurrences among its candidates may still serve them.",
+    ]  # fmt: skip
+
+
+def card_measured(formats: Mapping, run: RunReader | None) -> list[str]:
+    "How fast it is, and how good in the run that trained it."
+    lines = ["", "## Number formats"]
+    for k, v in formats.items():
+        cost = f"{v['ms_per_request']:.2f} ms of one thread per request"
+        lines += [f"- {k}: {cost}, median difference {v['difference_per_scale']:.1e} of the scale"]
+    if run is None or not run.path("results.json").exists():
+        return lines
+    keys = ("error.noisy.mean.*", "error.held_out_families.mean.*", "coverage_90")
+    found = {k: v for p in keys for k, v in run.results(f"evaluate.{p}").items()}
+    note = f"Run {run.label}; error = mean distance / spread of the context, on noisy windows."
+    return [*lines, "", "## Measured", note, "", metric_table(found)._repr_markdown_()]
+
+# %% ../../nbs/apps/63_deploy.ipynb #49f14530
 def model_card(
     name: str, header: Mapping, formats: Mapping, run: RunReader | None, size: int
 ) -> str:
     "What the model is, what it was trained on, how good it is, and what it is not for."
-    extra, seen, to_come = header["extra"], header["inputs"]["position"], header["outputs"]["mean"]
-    lines = [
-        f"# {name}",
-        "",
-        f"A forecaster of motions with {size:,} parameters, made with trajbook {header['trajbook']}.",
-    ]
-    lines += [
-        f"It sees {seen['shape'][1]} positions ({seen['unit']}) and foretells {to_come['shape'][1]}."
-    ]
-    lines += [
-        "",
-        "## Trained on",
-        f"Synthetic motions at {extra.get('sampling_rate_hz', '?')} Hz: {', '.join(extra.get('families', []))}.",
-    ]
-    lines += [
-        "Other motions, other rates and gaps in the samples were not trained; the linear recurrences among its candidates may still serve them."
-    ]
-    lines += [
-        "",
-        "## Number formats",
-        *(
-            f"- {k}: {v['ms_per_request']:.2f} ms of one thread per request, median difference {v['difference_per_scale']:.1e} of the scale"
-            for k, v in formats.items()
-        ),
-    ]
-    if run is not None and run.path("results.json").exists():
-        keys = ("noisy.mean.*", "held_out_families.mean.*")
-        found = {k: v for p in keys for k, v in run.results(f"evaluate.error.{p}").items()}
-        found |= run.results("evaluate.coverage_90")
-        lines += [
-            "",
-            "## Measured",
-            f"Run {run.label}; error = mean distance / spread of the context, on noisy windows.",
-            "",
-            metric_table(found)._repr_markdown_(),
-        ]
-    lines += [
-        "",
-        "## Not for",
-        "Decisions about the safety of people without a check of its own: the 90 % region holds on average, not in every case.",
-    ]
-    return "\n".join(lines) + "\n"
+    limits = "Decisions about the safety of people without a check of its own: "
+    limits += "the 90 % region holds on average, not in every case."
+    lines = [*card_facts(name, header, size), *card_measured(formats, run)]
+    return "\n".join([*lines, "", "## Not for", limits]) + "\n"
 
 # %% ../../nbs/apps/63_deploy.ipynb #f3d9a35d
 def golden_case(model: nn.Module) -> dict:  # {"request", "answer", "rtol", "atol"}
@@ -311,7 +310,52 @@ def golden_case(model: nn.Module) -> dict:  # {"request", "answer", "rtol", "ato
         "atol": 1e-5,
     }
 
-# %% ../../nbs/apps/63_deploy.ipynb #3274537e
+# %% ../../nbs/apps/63_deploy.ipynb #72a6634d
+def distribution(model: nn.Module) -> dict:  # {"dof", "error_root" (H, H)}
+    "What futures are drawn from: degrees of freedom, and the root of the errors' correlation."
+    from trajbook.moe.model import degrees_of_freedom
+
+    steps = model.correlation.double()
+    root = torch.linalg.cholesky(steps + 1e-6 * torch.eye(len(steps)))
+    return {"dof": float(degrees_of_freedom(model.dof[0].detach())), "error_root": root.tolist()}
+
+# %% ../../nbs/apps/63_deploy.ipynb #582595d8
+def manifest_of(
+    folder: Path,
+    name: str,
+    header: Mapping,
+    config: ModelConfig,
+    **facts: Any,  # Precision, threads, formats
+) -> dict:
+    "What the folder holds: shapes, units, checksums, and where it comes from."
+    files = sorted(p for p in folder.iterdir() if p.name != "manifest.json")
+    sizes = {k: getattr(config, k) for k in ("context", "horizon", "dims")}
+    return {
+        "format": 1, "name": name, "made": now(), "trajbook": trajbook.__version__, "versions": versions(),
+        "inputs": header["inputs"], "outputs": header["outputs"], **sizes, **facts,
+        "checkpoint_sha256": header["sha256"], "extra": header["extra"],
+        "sha256": {p.name: sha256_file(p) for p in files},
+    }  # fmt: skip
+
+# %% ../../nbs/apps/63_deploy.ipynb #1bace130
+def fill(folder: Path, name: str, source: Path, precision: str, threads: int) -> None:
+    "Write all files of a deployment of the checkpoint `source`."
+    header, model = read_header(source), load(source, method="moe")
+    run = next((RunReader(p) for p in source.resolve().parents if (p / "run.json").exists()), None)
+    exported = {k: export_program(model, bf16) for k, bf16 in FORMATS.items()}
+    formats = measure_formats(model, {k: v.module() for k, v in exported.items()})
+    torch.export.save(exported[precision], folder / "model.pt2")
+    tolerance = {"rtol": 0.05, "atol": 0.05} if precision == "bf16" else {}
+    write_json(folder / "golden.json", golden_case(model) | tolerance)
+    write_json(folder / "distribution.json", distribution(model))
+    card = model_card(name, header, formats, run, count_parameters(model))
+    files = {"start_server.py": START, "app.py": APP, "requirements.txt": requirements()}
+    for file, text in (files | {"Dockerfile": DOCKERFILE, "MODEL_CARD.md": card}).items():
+        (folder / file).write_text(text, encoding="utf-8")
+    facts = {"precision": precision, "threads": threads, "formats": formats}
+    write_json(folder / "manifest.json", manifest_of(folder, name, header, model.config, **facts))
+
+# %% ../../nbs/apps/63_deploy.ipynb #82b71062
 def deploy(
     spec: str | Path,  # Checkpoint folder, or what a person calls a run
     name: str,  # Of the deployment
@@ -323,63 +367,12 @@ def deploy(
 ) -> Path:  # The folder
     "Write a folder that serves a forecaster without trajbook."
     if not name.replace("-", "").replace("_", "").isalnum():
-        raise TrajbookError(
-            f"{name!r} is no name for a deployment: use letters, digits, '-' and '_'"
-        )
+        what = "no name for a deployment: use letters, digits, '-' and '_'"
+        raise TrajbookError(f"{name!r} is {what}")
     target = Path(out) if out else runs_dir() / "deployments" / name
     if target.exists():
         raise TrajbookError(f"{target} exists; choose another name, or remove it")
     source = find_checkpoint(spec, checkpoint)
-    header, model = read_header(source), load(source, method="moe")
-    run = next((RunReader(p) for p in source.resolve().parents if (p / "run.json").exists()), None)
-    exported = {name: export_program(model, bf16) for name, bf16 in FORMATS.items()}
-    formats = measure_formats(model, {k: v.module() for k, v in exported.items()})
-    golden = golden_case(model)
-    if precision == "bf16":
-        golden |= {"rtol": 0.05, "atol": 0.05}
     with atomic_folder(target) as folder:
-        torch.export.save(exported[precision], folder / "model.pt2")
-        write_json(folder / "golden.json", golden)
-        write_json(folder / "distribution.json", distribution(model))
-        files = {
-            "start_server.py": START,
-            "app.py": APP,
-            "requirements.txt": requirements(),
-            "Dockerfile": DOCKERFILE,
-        }
-        files["MODEL_CARD.md"] = model_card(name, header, formats, run, count_parameters(model))
-        for file, text in files.items():
-            (folder / file).write_text(text, encoding="utf-8")
-        write_json(
-            folder / "manifest.json",
-            manifest_of(folder, name, header, model.config, precision, threads, formats),
-        )
+        fill(folder, name, source, precision, threads)
     return target
-
-# %% ../../nbs/apps/63_deploy.ipynb #109e8999
-def distribution(model: nn.Module) -> dict:  # {"dof", "error_root" (H, H)}
-    "What futures are drawn from: degrees of freedom, and the root of the errors' correlation."
-    from trajbook.moe.model import degrees_of_freedom
-
-    steps = model.correlation.double()
-    root = torch.linalg.cholesky(steps + 1e-6 * torch.eye(len(steps)))
-    return {"dof": float(degrees_of_freedom(model.dof[0].detach())), "error_root": root.tolist()}
-
-
-def manifest_of(
-    folder: Path,
-    name: str,
-    header: Mapping,
-    config: ModelConfig,
-    precision: str,
-    threads: int,
-    formats: Mapping,
-) -> dict:
-    "What the folder holds: shapes, units, checksums, and where it comes from."
-    return {
-        "format": 1, "name": name, "made": now(), "trajbook": trajbook.__version__, "versions": versions(),
-        "inputs": header["inputs"], "outputs": header["outputs"], "context": config.context,
-        "horizon": config.horizon, "dims": config.dims, "precision": precision, "threads": threads,
-        "checkpoint_sha256": header["sha256"], "extra": header["extra"], "formats": formats,
-        "sha256": {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.name != "manifest.json"},
-    }  # fmt: skip
