@@ -8,8 +8,18 @@ import torch
 from scipy import stats
 
 from trajbook.config import load_method, resolve
-from trajbook.core import rng
-from trajbook.moe.data import FAMILIES, DataConfig, ModelConfig, Stream, make_motions
+from trajbook.core import TrajbookError, read_json, rng, root
+from trajbook.moe.data import (
+    FAMILIES,
+    PRESETS,
+    AugmentConfig,
+    DataConfig,
+    ModelConfig,
+    Stream,
+    family,
+    make_motions,
+    variant,
+)
 from trajbook.moe.evaluate import (
     METRICS,
     Cases,
@@ -22,6 +32,9 @@ from trajbook.moe.evaluate import (
     metric,
     oracle_forecast,
     predict,
+    recurrence,
+    selected,
+    valid_time,
 )
 from trajbook.moe.experts import (
     ExpertViewer,
@@ -34,7 +47,7 @@ from trajbook.moe.experts import (
 )
 from trajbook.moe.model import MoEForecaster
 from trajbook.moe.train import MotionDataset, loss_fn, targets
-from trajbook.run import RunReader, run_method
+from trajbook.run import VERDICTS, RunReader, run_method
 
 SHORT = {
     "variants": ["moe", "dense", "dlinear"],
@@ -257,3 +270,64 @@ def test_the_viewer_refuses_what_is_too_large():
     gates = {k: np.full((2, 16, 4), 0.25) for k in paths}
     with pytest.raises(TrajbookError, match="fewer motions"):
         ExpertViewer(paths, gates, np.full((2, 5, 4), 0.25), FAMILIES, context=128, dt_s=0.01)
+
+
+def test_claims_of_the_document_have_a_form():
+    mine = [c for c in read_json(root() / "data" / "claims.json") if c["document"][:3] == "002"]
+    assert len(mine) >= 20 and len({c["id"] for c in mine}) == len(mine)
+    said = " ".join(c["sentence"] for c in mine)
+    for words in ("naturally supports 3D", "naturally specialize", "3x memory", "Zero-Overhead"):
+        assert words in said
+    for c in mine:
+        assert c["status"] in VERDICTS and c["page"].startswith("moe/") and c["key"]
+        assert c["reason"] if c["status"] == "open" else c["note"]
+
+
+def test_a_selected_recurrence_is_one_of_its_orders_for_every_window():
+    x, orders = torch.tensor(some_cases(60).observed), (4, 16, 48)
+    found = selected(orders, 1e-10)(x, 32)
+    others = torch.stack([recurrence(p, 1e-10)(x, 32) for p in orders])
+    same = (found == others).flatten(2).all(-1)  # (orders, windows)
+    assert same.any(0).all() and len(same.float().argmax(0).unique()) == len(orders)
+
+
+def test_valid_time_ends_at_the_first_step_beyond_the_limit():
+    away = np.array([[0.5, 0.0], [0.0, 0.5], [0.4, 0.4]])
+    assert valid_time(away, 0.1).tolist() == [0.0, 0.1, 0.2]
+
+
+def test_tokens_that_are_asked_cannot_know_their_future():
+    "Also in contexts that were cut short: what a token says does not depend on what follows it."
+    torch.manual_seed(0)
+    model, C, P = MoEForecaster(ModelConfig()).eval(), 128, 8
+    rows = next(Stream(DataConfig(), AugmentConfig(short=0.8), 64))
+    batch = {k: torch.from_numpy(v) for k, v in rows.items()}
+    with torch.no_grad():
+        before = model(batch["observed"], batch["n_valid"], anchors=8)
+        asked = targets(batch, before, model.config).asked.bool()
+        assert asked[:, -1].all() and 0 < (~asked).sum()
+        for a in range(7):
+            bent = batch["observed"].clone()
+            bent[:, C - P * (7 - a) :] += 1.0
+            after = model(bent, batch["n_valid"], anchors=8).own[:, a]
+            mine = asked[:, a]
+            torch.testing.assert_close(after[mine], before.own[mine, a], atol=1e-4, rtol=1e-4)
+
+
+def test_the_null_of_a_label_that_all_windows_share():
+    draw = np.random.default_rng(0)
+    place = np.repeat(np.arange(16)[None], 200, 0)
+    value, null, p = information(place // 4, place, 20, draw)
+    assert abs(value - np.log(4)) < 1e-9 and null < 0.1 and p == 1 / 21
+    value, null, p = information(draw.integers(0, 4, place.shape), place, 20, draw)
+    assert abs(value - null) < 0.02 and p > 1 / 21
+
+
+def test_a_balance_without_a_loss_has_none():
+    assert variant(PRESETS["small"], "bias").loss.load_balance == 0
+    assert variant(PRESETS["small"], "moe").loss.load_balance > 0
+
+
+def test_a_family_with_too_many_numbers_is_refused():
+    with pytest.raises(TrajbookError, match="family 'crowd': numbers = 90.*at most 80"):
+        family("crowd", place_m=(0.0, 1.0, 30, 3))(lambda p, t: t)

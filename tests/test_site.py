@@ -246,11 +246,11 @@ def published(tmp_path, monkeypatch):
     }
     made |= {"command": "trajbook run mae", "wall_s": 60.0, "cpu_s": 60.0, "peak_rss_mb": 900.0}
     made |= {"date": "2026-01-01", "versions": {"torch": "2"}, "peak_gpu_mb": 0.0}
-    (tmp_path / "mae").mkdir()
-    for preset in {c["preset"] for c in load_claims() if c.get("preset")}:
-        result = {"method": "mae", "preset": preset, "name": preset, "metrics": metrics}
+    for method, preset in {(c["method"], c["preset"]) for c in load_claims() if c.get("key")}:
+        result = {"method": method, "preset": preset, "name": preset, "metrics": metrics}
         result |= {"provenance": made}
-        (tmp_path / "mae" / f"{preset}-cpu.json").write_text(json.dumps(result))
+        (tmp_path / method).mkdir(exist_ok=True)
+        (tmp_path / method / f"{preset}-cpu.json").write_text(json.dumps(result))
 
 
 def test_claims_without_a_published_run_are_open(tmp_path, monkeypatch, capsys):
