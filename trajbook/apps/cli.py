@@ -11,7 +11,7 @@ __all__ = ['Method', 'Pairs', 'RunName', 'Runs', 'Data', 'Device', 'ENDINGS', 'C
            'write_vectors', 'EmbedCommand', 'ForecastCommand', 'ServeCommand', 'DeployCommand', 'finished_run',
            'DemoCommand', 'Finding', 'examine', 'requirements', 'examine_requirement', 'try_physics', 'try_rendering',
            'try_python', 'try_gpu', 'try_program', 'try_folder', 'try_method', 'diagnose', 'DoctorCommand',
-           'VersionCommand', 'dotted_as_set', 'repeat_option', 'run_words', 'sentence', 'show_examples', 'parse',
+           'VersionCommand', 'dotted_as_set', 'repeat_option', 'sentence', 'show_examples', 'run_words', 'parse',
            'report', 'main']
 
 # %% ../../nbs/apps/64_cli.ipynb #92d340e3
@@ -850,15 +850,6 @@ def repeat_option(words: Sequence[str]) -> list[str]:
         out.append(word)
     return out
 
-# %% ../../nbs/apps/64_cli.ipynb #dfea8327
-def run_words(words: Sequence[str]) -> list[str]:
-    "Write `--latest` as the run `latest`, and `--interactive` as the folder that a person picks."
-    fields = getattr(COMMANDS.get(words[0]), "__dataclass_fields__", {}) if words else {}
-    if not {"run", "runs"} & fields.keys():
-        return list(words)
-    instead = {"--latest": lambda: "latest", "--interactive": lambda: str(pick_run())}
-    return [instead[w]() if w in instead else w for w in words]
-
 # %% ../../nbs/apps/64_cli.ipynb #a8268fcb
 def sentence(box: str) -> str:
     "One sentence from the box that tyro draws around an error, with lines or with dashes."
@@ -896,6 +887,15 @@ def show_examples(command: str) -> None:
     "Print the examples that stand below a help text."
     examples = COMMANDS[command].EXAMPLES if command in COMMANDS else FIRST
     print("\n".join(("\nexamples:", *(f"  {x}" for x in examples), "")))
+
+# %% ../../nbs/apps/64_cli.ipynb #dfea8327
+def run_words(words: Sequence[str]) -> list[str]:
+    "Write `--latest` as the run `latest`, and `--interactive` as the folder that a person picks."
+    fields = getattr(COMMANDS.get(words[0]), "__dataclass_fields__", {}) if words else {}
+    if not {"run", "runs"} & fields.keys():
+        return list(words)
+    instead = {"--latest": lambda: "latest", "--interactive": lambda: str(pick_run())}
+    return [instead[w]() if w in instead else w for w in words]
 
 # %% ../../nbs/apps/64_cli.ipynb #038873f6
 def parse(words: Sequence[str]) -> Callable[[], int | None]:  # The command, ready to be called
