@@ -10,8 +10,9 @@ __all__ = ['LIMIT', 'Coordinate', 'Point', 'History', 'Quantile', 'SERVICES', 'W
            'as_forecast', 'InferenceServer', 'Settings', 'Meters', 'said', 'too_large', 'Guard', 'add_guards',
            'Numbers', 'add_questions', 'add_state', 'example_motions', 'make_app', 'serve', 'ask']
 
-# %% ../../nbs/apps/62_serve.ipynb #1d3df669
+# %% ../../nbs/apps/62_serve.ipynb #a01ff59b
 import asyncio
+import gc
 import hmac
 import importlib
 import time
@@ -361,7 +362,7 @@ def hand_out(taken: Sequence[Waiting], answers: Sequence) -> None:
             failed = isinstance(answer, Exception)
             (future.set_exception if failed else future.set_result)(answer)
 
-# %% ../../nbs/apps/62_serve.ipynb #931f93e3
+# %% ../../nbs/apps/62_serve.ipynb #10be35d9
 class Batcher(Queue):
     "Answers the requests of a queue, pass by pass."
 
@@ -393,13 +394,22 @@ class Batcher(Queue):
         self.observe("pass_seconds", time.perf_counter() - start)
         hand_out(taken, answers)
 
+    async def read_on(self, turns: int = 8) -> None:
+        "Let the event loop read what has arrived, until it brings no more requests."
+        still, known = 0, len(self.waiting)
+        while still < turns and known < self.max_batch:
+            await asyncio.sleep(0)
+            still, known = (still + 1 if len(self.waiting) == known else 0), len(self.waiting)
+
     async def work(self) -> None:
         "Answer what is waiting, until told to stop and nothing is left."
         while not (self.stopping and not self.waiting):
             await self.wake.wait()
             self.wake.clear()
-            while taken := self.take():
-                await self.answer(taken)
+            while self.waiting:
+                await self.read_on()
+                if taken := self.take():
+                    await self.answer(taken)
 
     async def stop(self) -> None:
         "Answer what was accepted, take nothing more."
@@ -809,7 +819,7 @@ PAGE = (
     + COMMON_JS + TURN_JS + EDGES_JS + BOX_JS + AXES_JS + TURNING_JS + SCENE_JS + ASK_JS + "</script></body></html>"
 )  # fmt: skip
 
-# %% ../../nbs/apps/62_serve.ipynb #8372daac
+# %% ../../nbs/apps/62_serve.ipynb #e3cf4091
 def serve(
     model: str | Path,  # Checkpoint folder, or what a person calls a run
     host: str = "127.0.0.1",
@@ -830,6 +840,8 @@ def serve(
         model, device, checkpoint=checkpoint, batching=batching, max_queue=max_queue
     )
     app = make_app(server, Settings(api_key=api_key))
+    gc.collect()
+    gc.freeze()  # a full collection would look at all of PyTorch's objects, again and again
     print(f"serving {server.service.header['class']} on http://{host}:{port}", flush=True)
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
 
