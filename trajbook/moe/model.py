@@ -209,7 +209,7 @@ def dense_experts(
     share = share.scatter(1, expert, weight.to(y.dtype))
     return torch.einsum("ne,end->nd", share, y)
 
-# %% ../../nbs/moe/31_model.ipynb #c3d0f6bd
+# %% ../../nbs/moe/31_model.ipynb #a9c1d32c
 class _Sort(torch.autograd.Function):
     "Rows of `x`, each `K` times, in the order of the experts."
 
@@ -217,27 +217,30 @@ class _Sort(torch.autograd.Function):
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.k = k
-        return x[order // k]
+        return x.index_select(0, order // k)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         (inverse,) = ctx.saved_tensors
-        return grad[inverse].view(-1, ctx.k, grad.shape[-1]).sum(1), None, None, None
+        both = grad.index_select(0, inverse).view(-1, ctx.k, grad.shape[-1])
+        return both.sum(1), None, None, None
 
-# %% ../../nbs/moe/31_model.ipynb #ec5e089f
-class _Unsort(torch.autograd.Function):
-    "Rows back in their order, the `K` of each token added."
+# %% ../../nbs/moe/31_model.ipynb #00aa740c
+class _Combine(torch.autograd.Function):
+    "Rows back in their order, the weighted sum of the `K` of each token."
 
     @staticmethod
-    def forward(ctx, y: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.k = k
-        return y[inverse].view(-1, k, y.shape[-1]).sum(1)
+    def forward(ctx, y: Tensor, weight: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        said = y.index_select(0, inverse).view(*weight.shape, y.shape[-1])
+        ctx.save_for_backward(said, weight, order)
+        return torch.bmm(weight[:, None], said)[:, 0]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        (order,) = ctx.saved_tensors
-        return grad[order // ctx.k], None, None, None
+        said, weight, order = ctx.saved_tensors
+        by_weight = torch.bmm(said, grad[:, :, None])[..., 0]
+        by_row = grad.index_select(0, order // weight.shape[1])
+        return by_row.mul_(weight.flatten()[order, None]), by_weight, None, None
 
 # %% ../../nbs/moe/31_model.ipynb #1dc87a42
 def grouped_matmul(
@@ -251,7 +254,7 @@ def grouped_matmul(
         return torch.cat([x[a:b] @ w[e] for e, (a, b) in enumerate(zip(at, at[1:], strict=False))])
     return F.grouped_mm(x, w, offs=ends)
 
-# %% ../../nbs/moe/31_model.ipynb #b6cd2f51
+# %% ../../nbs/moe/31_model.ipynb #9316bf49
 def grouped_experts(
     x: Tensor,  # (N, d_model)
     expert: Tensor,  # (N, K)
@@ -265,8 +268,8 @@ def grouped_experts(
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     ends = torch.bincount(chosen, minlength=len(w_in)).cumsum(0).int()
     gate, up = grouped_matmul(_Sort.apply(x, order, inverse, k), w_in, ends).chunk(2, -1)
-    share = weight.to(x.dtype).flatten()[order, None]
-    return _Unsort.apply(grouped_matmul(F.silu(gate) * up * share, w_out, ends), order, inverse, k)
+    y = grouped_matmul(F.silu(gate) * up, w_out, ends)
+    return _Combine.apply(y, weight.to(x.dtype), order, inverse)
 
 # %% ../../nbs/moe/31_model.ipynb #57ac6fdf
 def within_capacity(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Targets', 'targets', 'size_of', 'forecast_losses', 'routing_losses', 'loss_fn', 'detached', 'means_of',
-           'MotionDataset', 'validation_batches', 'family_usage', 'draw_losses', 'draw_usage', 'draw_forecast',
-           'progress_picture', 'examples_of', 'monitor', 'calibrate', 'save_model', 'fresh_model', 'train_variant',
-           'finish', 'run_stage']
+           'MotionDataset', 'validation_batches', 'family_usage', 'bound_axis', 'draw_losses', 'draw_usage',
+           'draw_forecast', 'progress_picture', 'examples_of', 'monitor', 'calibrate', 'save_model', 'fresh_model',
+           'train_variant', 'finish', 'run_stage']
 
 # %% ../../nbs/moe/32_train.ipynb #cc5714f4
 import functools
@@ -196,7 +196,17 @@ def family_usage(
         table.append(torch.stack([utilization(p) for p in parts]))
     return torch.stack(table).float().cpu().numpy() if table else np.zeros((0, n_families, 0))
 
-# %% ../../nbs/moe/32_train.ipynb #56b61da0
+# %% ../../nbs/moe/32_train.ipynb #148bad10
+def bound_axis(ax) -> None:
+    "Let a few outliers leave the panel, each with a mark at its upper edge."
+    x, y = (np.concatenate([getattr(line, f"get_{k}data")() for line in ax.lines]) for k in "xy")
+    low, high = np.quantile(y, [0, 0.95])
+    top = high + 0.1 * (high - low)
+    if y.max() > low + 3 * (top - low) > low:
+        ax.set_ylim(low - 0.05 * (top - low), top)
+        ax.plot(x[y > top], np.full((y > top).sum(), top), "v", color="black", clip_on=False)
+
+# %% ../../nbs/moe/32_train.ipynb #cd4ac00d
 def draw_losses(axes: Sequence, rows: list[dict], speed: float) -> None:
     "Losses, errors and the busiest expert, over the steps."
     from trajbook.viz import style
@@ -216,6 +226,8 @@ def draw_losses(axes: Sequence, rows: list[dict], speed: float) -> None:
             if points:
                 ax.plot(*zip(*points, strict=True), label=label, linewidth=1.4)
                 ax.legend(frameon=False, fontsize=8)
+        if ax.lines:
+            bound_axis(ax)
         style(ax, title, f"step, {speed:,.0f} windows/s" if title == "loss" else "step")
 
 # %% ../../nbs/moe/32_train.ipynb #a1d957fc
