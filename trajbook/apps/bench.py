@@ -7,12 +7,12 @@ __all__ = ['LAYERS', 'PARTS', 'SUITES', 'stopwatch', 'settle_heap', 'measure', '
            'Ratio', 'Suite', 'absolute_rates', 'evaluate_suite', 'document_network', 'forward_flops', 'with_encoder',
            'torch_encoder', 'fastpath_off', 'BertSdpa', 'motion_with_holes', 'forward_side', 'train_side',
            'add_yardsticks', 'add_forward_sides', 'add_bf16_sides', 'fp32_ratios', 'bf16_ratios', 'mae_ratios',
-           'mae_suite', 'layer_side', 'mixtral_layer', 'NaiveLoop', 'add_layers', 'add_decoding', 'training_step',
+           'mae_suite', 'layer_side', 'mixtral_layer', 'NaiveLoop', 'add_layers', 'add_decoding',
            'add_stream_and_service', 'layer_ratios', 'moe_ratios', 'moe_suite', 'quiet_stderr', 'part_of',
            'time_shares', 'measurable_device', 'run_bench', 'bench_path', 'write_bench', 'read_bench', 'ratio_row',
            'rate_row', 'bench_table', 'ratio_picture', 'speed_picture', 'shares_picture']
 
-# %% ../../nbs/apps/61_bench.ipynb #25b30d68
+# %% ../../nbs/apps/61_bench.ipynb #fb38a36c
 import contextlib
 import gc
 import importlib.util
@@ -40,7 +40,7 @@ from ..moe.data import BLOCK, Stream
 from ..moe.data import PRESETS as MOE_PRESETS
 from ..moe.data import ModelConfig as MoESizes
 from ..moe.model import Mixture, MoEForecaster, forecast, generate
-from ..moe.train import loss_fn as moe_loss
+from ..moe.train import training_step
 from ..nn import GatedMLP, Linear, encoder_flops, one_thread
 from ..run import hardware, versions
 from ..train import adamw
@@ -561,24 +561,7 @@ def add_decoding(
     suite.add("decode.recompute", recompute)
     suite.add("decode.one_shot", lambda: forecast(model, past))
 
-# %% ../../nbs/apps/61_bench.ipynb #c1be8543
-def training_step(
-    model: nn.Module, batch: dict, loss: object, dtype: torch.dtype | None
-) -> Callable:
-    "One optimizer step of the forecaster."
-    optimizer, device = adamw(model.train(), MOE_PRESETS["small"].train), model.dof.device
-    tensors = {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
-
-    def call() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            total, weight, _ = moe_loss(model, tensors, loss)
-        (total / weight).backward()
-        optimizer.step()
-
-    return call
-
-# %% ../../nbs/apps/61_bench.ipynb #2f6aae99
+# %% ../../nbs/apps/61_bench.ipynb #0721c0cb
 def add_stream_and_service(
     suite: Suite,  # Changed in place
     device: str,
@@ -586,9 +569,8 @@ def add_stream_and_service(
 ) -> None:
     "Making windows, learning from them, and answering requests alone or together."
     small, n = MOE_PRESETS["small"], max(2, 32 // shrink)
-    stream, model = Stream(small.data, small.augment, 64), MoEForecaster(small.model).to(device)
-    half = torch.bfloat16 if bf16_support(device) else None
-    suite.add("train.step", training_step(model, stream.batch(0), small.loss, half))
+    stream = Stream(small.data, small.augment, 64)
+    suite.add("train.step", training_step(small, "moe", device))
     numbers = itertools.count()
 
     def make() -> None:

@@ -6,22 +6,25 @@
 __all__ = ['Parameters', 'REGISTER', 'PARAMETERS', 'TURN', 'GRAVITY', 'TASK_S', 'MOVES', 'EIGHT_PERIOD', 'EIGHT_START',
            'FAMILIES', 'UNSEEN', 'SPLITS', 'LANES', 'BLOCK', 'Router', 'CANDIDATES', 'DENSE', 'PLAIN', 'UNBALANCED',
            'UNROUTED', 'VARIANTS', 'SECONDS', 'MINUTES', 'STEPS', 'QUICK', 'PRESETS', 'LETTER', 'RIVALS', 'HEADLINE',
-           'METHOD', 'AXES', 'Family', 'family', 'load_family', 'axis_distance', 'helix', 'central_velocity',
-           'conserved_along', 'eccentric_anomaly', 'orbital_energy', 'orbital_axes', 'orbit', 'lissajous_rates',
-           'harmonic_energy', 'lissajous', 'runge_kutta', 'on_attractor', 'lorenz_slope', 'lorenz', 'minimum_jerk',
-           'robot', 'rossler_slope', 'rossler', 'thomas_slope', 'thomas', 'three_bodies', 'eight_curve', 'figure_eight',
-           'DataConfig', 'Motions', 'make_motions', 'checked_path', 'context_rms', 'split_motions', 'make_test_sets',
-           'schema', 'AugmentConfig', 'random_rotations', 'augment', 'Stream', 'ModelConfig', 'LossConfig',
-           'EvaluateConfig', 'VariantConfig', 'MoEConfig', 'variant', 'sized', 'swept_area_ratio', 'euler_gap_m',
-           'run_stage', 'load_data', 'read_file']
+           'METHOD', 'AXES', 'Family', 'family', 'load_named', 'short_name', 'load_family', 'axis_distance', 'helix',
+           'central_velocity', 'conserved_along', 'eccentric_anomaly', 'orbital_energy', 'orbital_axes', 'orbit',
+           'lissajous_rates', 'harmonic_energy', 'lissajous', 'runge_kutta', 'on_attractor', 'lorenz_slope', 'lorenz',
+           'minimum_jerk', 'robot', 'rossler_slope', 'rossler', 'thomas_slope', 'thomas', 'three_bodies', 'eight_curve',
+           'figure_eight', 'DataConfig', 'Motions', 'make_motions', 'checked_path', 'context_rms', 'split_families',
+           'split_motions', 'make_test_sets', 'schema', 'AugmentConfig', 'random_rotations', 'augment', 'Stream',
+           'ModelConfig', 'LossConfig', 'EvaluateConfig', 'VariantConfig', 'MoEConfig', 'variant', 'sized',
+           'swept_area_ratio', 'euler_gap_m', 'run_stage', 'load_data', 'read_file']
 
-# %% ../../nbs/moe/30_data.ipynb #94ab2abf
+# %% ../../nbs/moe/30_data.ipynb #d647291d
 import importlib
+import os
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,7 +33,7 @@ from ..core import TrajbookError, rng
 from ..data import Field, Trajectories, column_names
 from ..run import Run, RunReader, stage
 
-# %% ../../nbs/moe/30_data.ipynb #c75261e1
+# %% ../../nbs/moe/30_data.ipynb #c9d95206
 Parameters = Mapping[str, np.ndarray]  # Name to (n, 1, *shape)
 
 
@@ -39,7 +42,9 @@ class Family:
     "A family of motions: a function, the ranges of its numbers, and what it conserves."
 
     name: str
-    path: Callable  # (parameters, time_s (T,)) -> position (n, T, D), m
+    path: (
+        Callable  # (parameters, time_s (T,)) -> position (n, T, D), m; also a bit outside `ranges`
+    )
     ranges: Mapping[str, tuple]  # Name to (lowest, highest, *shape)
     held_out: Mapping[str, tuple] = field(default_factory=dict)  # Ranges that training never sees
     conserved: Callable | None = None  # (position, velocity, parameters) -> (n, T)
@@ -49,6 +54,12 @@ class Family:
     def n_parameters(self) -> int:
         "How many numbers describe one motion."
         return sum(int(np.prod(shape)) for _, _, *shape in self.ranges.values())
+
+    @property
+    def dims(self) -> int:
+        "Coordinates of its paths, before a data set keeps the first of them."
+        p = self.parameters(np.full((1, self.n_parameters), 0.5))
+        return np.shape(self.path(p, np.arange(2) / 100))[-1]
 
     def continuous(self) -> list[int]:
         "Places of the numbers on which the motion depends smoothly."
@@ -91,20 +102,35 @@ def family(
 
     return register
 
-# %% ../../nbs/moe/30_data.ipynb #bf2119da
+# %% ../../nbs/moe/30_data.ipynb #d4e1cf44
+def load_named(
+    name: str,  # "package.module:name"
+    what: str,  # Such as "family", for errors
+) -> Any:
+    "An object of a module, also of one in the folder where the command was given."
+    module, _, attribute = name.partition(":")
+    home = os.environ.get("TRAJBOOK_HOME") or os.getcwd()
+    sys.path += [] if home in sys.path else [home]
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise TrajbookError(f"{what} {name!r} cannot be found: {e}") from None
+
+# %% ../../nbs/moe/30_data.ipynb #229bbbbc
+def short_name(name: str) -> str:
+    "A family's name without its module."
+    return name.rpartition(":")[2]
+
+
 def load_family(
     name: str,  # Registered name, or "package.module:name"
 ) -> Family:
     "The family with this name."
-    module, _, attribute = name.partition(":")
-    if not attribute:
+    if ":" not in name:
         if name not in REGISTER:
             raise TrajbookError(nearest(name, [*REGISTER], "family"))
         return REGISTER[name]
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
-        raise TrajbookError(f"family {name!r} cannot be found: {e}") from None
+    found = load_named(name, "family")
     if not isinstance(found, Family):
         raise TrajbookError(f"{name!r} is a {type(found).__name__}, not a family of motions")
     return found
@@ -277,16 +303,16 @@ def lorenz(p: Parameters, time_s: np.ndarray) -> np.ndarray:
     start = p["start"][:, 0].T + np.array([[0.0], [0.0], [25.0]])
     return on_attractor(lambda x: lorenz_slope(x, *numbers), start, time_s)
 
-# %% ../../nbs/moe/30_data.ipynb #5ceebb23
+# %% ../../nbs/moe/30_data.ipynb #ead14acb
 TASK_S = 1.6  # seconds of a tour at even pace and without rests
-MOVES = 12  # places that are drawn beyond the first; more than can be reached in a window
+MOVES = 12  # moves that are drawn; a robot that is done with them begins its tour again
 
 
 def minimum_jerk(tau: np.ndarray) -> np.ndarray:
     "Share of the way covered at the share `tau` of the time (Flash and Hogan 1985, eq. 3)."
     return tau * tau * tau * (10 + tau * (6 * tau - 15))
 
-# %% ../../nbs/moe/30_data.ipynb #62c1a4cb
+# %% ../../nbs/moe/30_data.ipynb #f621cbc1
 @family(
     "robot", {"places": (9.0, 12.0)}, discrete=("places",),
     places=(3.0, 9.0), place_m=(-1.0, 1.0, MOVES + 1, 3), pace=(0.7, 1.3, MOVES),
@@ -296,15 +322,16 @@ def robot(p: Parameters, time_s: np.ndarray) -> np.ndarray:
     "Minimum-jerk moves between places, lifted in between, with a rest at each place."
     share = TASK_S / (np.floor(p["places"]) - 1)  # seconds per move
     lasts, rests = share * p["pace"][:, 0], share * p["rest"][:, 0]
-    each = lasts + rests
+    tours = 2 + int(time_s[-1] / (lasts + rests).sum(1).min())
+    each = np.tile(lasts + rests, tours)
     starts = np.cumsum(each, 1) - each - p["begun"] * each[:, :1]
     now = (time_s >= starts[..., None]).sum(1) - 1  # (n, T) the move that is under way
-    row = np.arange(len(now))[:, None]
-    tau = np.clip((time_s - starts[row, now]) / lasts[row, now], 0, 1)
+    row, move, at = np.arange(len(now))[:, None], now % MOVES, now % (MOVES + 1)
+    tau = np.clip((time_s - starts[row, now]) / lasts[row, move], 0, 1)
     place, lift = p["place_m"][:, 0], p["lift_m"][:, 0]
-    way = place[row, now + 1] - place[row, now]
-    path = place[row, now] + minimum_jerk(tau)[..., None] * way
-    path[..., 2] += 64 * (tau * (1 - tau)) ** 3 * lift[row, now]
+    way = place[row, (now + 1) % (MOVES + 1)] - place[row, at]
+    path = place[row, at] + minimum_jerk(tau)[..., None] * way
+    path[..., 2] += 64 * (tau * (1 - tau)) ** 3 * lift[row, move]
     return path
 
 # %% ../../nbs/moe/30_data.ipynb #5c481e59
@@ -374,7 +401,7 @@ def figure_eight(p: Parameters, time_s: np.ndarray) -> np.ndarray:
     ahead, beside = orbital_axes(p)
     return p["size_m"][..., None] * (flat[..., :1] * ahead + flat[..., 1:] * beside)
 
-# %% ../../nbs/moe/30_data.ipynb #219d6821
+# %% ../../nbs/moe/30_data.ipynb #309ffa8b
 FAMILIES = ("helix", "orbit", "lissajous", "lorenz", "robot")
 UNSEEN = ("rossler", "thomas", "figure_eight")
 
@@ -399,6 +426,12 @@ class DataConfig:
         require(bool(self.families), "data.families", self.families, "at least one family")
         for name in (*self.families, *self.unseen):
             load_family(name)
+        names = [short_name(n) for n in (*self.families, *self.unseen)]
+        ok = len(set(names)) == len(names) and all(
+            re.fullmatch("[a-z][a-z0-9_]*", n) for n in names
+        )
+        allowed = "different names of lower-case letters, digits and _, modules not counted"
+        require(ok, "data.families and data.unseen", names, allowed)
         for name in ("context", "horizon", "dims"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
         rate, n = self.sampling_rate_hz, max(len(self.families), len(self.unseen))
@@ -469,8 +502,18 @@ def context_rms(
     away = context - context.mean(1, keepdims=True)
     return np.sqrt((away**2).mean((1, 2), keepdims=True))
 
-# %% ../../nbs/moe/30_data.ipynb #573b37f1
+# %% ../../nbs/moe/30_data.ipynb #d3d40cf0
 SPLITS = ("val", "test", "held_out_parameters", "held_out_families")
+
+
+def split_families(
+    cfg: DataConfig,
+    split: str,  # One of SPLITS
+) -> tuple[tuple[str, ...], list[int]]:  # Names, and the places of those that take part
+    "The families of a test set."
+    names = cfg.unseen if split == "held_out_families" else cfg.families
+    some = split == "held_out_parameters"
+    return names, [k for k, n in enumerate(names) if load_family(n).held_out or not some]
 
 
 def split_motions(
@@ -478,19 +521,19 @@ def split_motions(
     split: str,  # One of SPLITS
 ) -> tuple[Motions, np.ndarray]:  # Motions, the same with noise (n, T, D)
     "The windows of a test set; as many of each family, to within one."
-    names = cfg.unseen if split == "held_out_families" else cfg.families
+    names, places = split_families(cfg, split)
     n = cfg.n_val if split == "val" else cfg.n_test
-    draw, which = rng(cfg.seed, "moe", split), np.arange(n) % len(names)
+    draw, which = rng(cfg.seed, "moe", split), np.array(places)[np.arange(n) % len(places)]
     out = split == "held_out_parameters"
     made = make_motions(names, which, cfg.time_s, cfg.dims, draw, held_out=out)
     size = cfg.noise * context_rms(made.position[:, : cfg.context])
     return made, made.position + size * draw.normal(size=made.position.shape)
 
-# %% ../../nbs/moe/30_data.ipynb #9b03a2f4
+# %% ../../nbs/moe/30_data.ipynb #d42acbfc
 def make_test_sets(cfg: DataConfig, path: Path) -> None:
     "Write the test sets as one data set."
     names, rows, splits = (*cfg.families, *cfg.unseen), [], []
-    for split in SPLITS:
+    for split in (s for s in SPLITS if split_families(cfg, s)[1]):
         made, observed = split_motions(cfg, split)
         shift = len(cfg.families) if split == "held_out_families" else 0
         columns = (made.position, observed, made.family + shift, made.unit)
@@ -628,7 +671,7 @@ class Stream:
                 raise TrajbookError(f"cannot continue: {had}")
         self.step = int(state["step"])
 
-# %% ../../nbs/moe/30_data.ipynb #3b33ad1d
+# %% ../../nbs/moe/30_data.ipynb #2cab327e
 Router = Literal["topk", "switch", "noisy_topk", "bias", "random", "frozen", "dense"]
 CANDIDATES = ("last", "velocity", "ar4", "ar16", "ar48")
 
@@ -667,6 +710,14 @@ class ModelConfig:
                 getattr(self, name),
                 "a multiple of 8",
             )
+        require(
+            self.patch <= self.horizon,
+            "model.patch",
+            self.patch,
+            f"at most model.horizon = {self.horizon}",
+        )
+        ok = not (self.architecture == "dlinear" and self.candidates)
+        require(ok, "model.candidates", self.candidates, "() with the architecture dlinear")
         ok = self.top_k <= self.n_experts or self.router == "dense"
         require(ok, "model.top_k", self.top_k, f"at most n_experts = {self.n_experts}")
         require(
@@ -697,7 +748,7 @@ class LossConfig:
         for name in ("load_balance", "router_z", "bias_rate", "own", "scale"):
             require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "at least 0")
 
-# %% ../../nbs/moe/30_data.ipynb #aa6ad726
+# %% ../../nbs/moe/30_data.ipynb #84f6bfaf
 @dataclass(frozen=True)
 class EvaluateConfig:
     "How the forecasts are judged."
@@ -708,8 +759,26 @@ class EvaluateConfig:
     permutations: int = 200  # of the null for mutual information
     ar_orders: tuple[int, ...] = (4, 8, 16, 24, 32, 48)  # validation chooses
     ar_ridges: tuple[float, ...] = (1e-14, 1e-10, 1e-6, 1e-4)
+    metrics: tuple[str, ...] = ()  # of one's own, "package.module:name"
 
-# %% ../../nbs/moe/30_data.ipynb #6aa6450e
+    def __post_init__(self):
+        for name in ("best_of", "ar_orders", "ar_ridges"):
+            values = getattr(self, name)
+            low = 0 if name == "ar_ridges" else 1
+            ok = len(values) > 0 and all(v >= low for v in values)
+            require(ok, f"evaluate.{name}", values, f"one or more numbers, each at least {low}")
+        ok = all(":" in name for name in self.metrics)
+        require(ok, "evaluate.metrics", self.metrics, "names like package.module:name")
+        require(self.permutations >= 1, "evaluate.permutations", self.permutations, "at least 1")
+        most = max(self.best_of)
+        require(
+            self.samples >= most,
+            "evaluate.samples",
+            self.samples,
+            f"at least {most}, the largest of best_of",
+        )
+
+# %% ../../nbs/moe/30_data.ipynb #727ec2e3
 @dataclass(frozen=True)
 class VariantConfig:
     "One network and how it is trained."
@@ -727,8 +796,8 @@ UNROUTED = {"model.router": "random", "loss.router_z": 0.0} | UNBALANCED  # nobo
 VARIANTS = {  # name: (what it changes, steps relative to the mixture's, what for)
     "moe": ({}, 1.0, "the mixture of experts"),
     "dense": (DENSE, 1.0, "equal active parameters, equal steps"),
-    "dense_time": (DENSE, 1.5, "equal active parameters, equal time"),
-    "gru": (PLAIN | {"model.architecture": "gru"}, 4.0, "recurrent, alone, equal time"),
+    "dense_time": (DENSE, 1.1, "equal active parameters, equal time"),
+    "gru": (PLAIN | {"model.architecture": "gru"}, 2.6, "recurrent, alone, equal time"),
     "dlinear": (PLAIN | {"model.architecture": "dlinear"}, 1.0, "one linear layer (Zeng 2023)"),
     "plain": (PLAIN, 1.0, "the mixture without classical candidates"),
     "random_router": (UNROUTED, 1.0, "experts by place in the window, not by content"),
@@ -744,10 +813,10 @@ VARIANTS = {  # name: (what it changes, steps relative to the mixture's, what fo
     "no_own": ({"loss.own": 0.0}, 1.0, "the own forecast is judged only in company"),
     "no_rotation": ({"augment.rotate": False}, 1.0, "motions only as they are made"),
     "mse": ({"loss.objective": "mse"}, 1.0, "squared error instead of distance"),
-    "patch_1": ({"model.patch": 1}, 0.16, "a token per sample, equal time"),
+    "patch_1": ({"model.patch": 1}, 0.19, "a token per sample, equal time"),
 }
 
-# %% ../../nbs/moe/30_data.ipynb #6d51e565
+# %% ../../nbs/moe/30_data.ipynb #1111e0b9
 @dataclass(frozen=True)
 class MoEConfig:
     "A whole run."
@@ -757,7 +826,7 @@ class MoEConfig:
     threads: int = 1
     preset: str = "tiny"
     workers: int = 1  # processes that train variants side by side
-    variants: tuple[str, ...] = ("moe", "dense", "dense_time", "gru", "dlinear")
+    variants: tuple[str, ...] = ("moe", "dense", "dense_time", "plain", "gru", "dlinear")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
@@ -769,6 +838,8 @@ class MoEConfig:
         require(self.workers >= 1, "workers", self.workers, "at least 1")
         ok = 0 < len(self.variants) == len(set(self.variants))
         require(ok, "variants", self.variants, f"different names from {', '.join(VARIANTS)}")
+        n, least = self.evaluate.sampled_windows, len(self.data.families)
+        require(n >= least, "evaluate.sampled_windows", n, f"at least {least}, one per family")
         for name in ("dims", "context", "horizon"):
             mine, theirs = getattr(self.model, name), getattr(self.data, name)
             require(mine == theirs, f"model.{name}", mine, f"data.{name} = {theirs}")
@@ -806,7 +877,7 @@ QUICK = EvaluateConfig(
     ar_ridges=(1e-14, 1e-4),
 )  # fmt: skip
 
-# %% ../../nbs/moe/30_data.ipynb #da792db8
+# %% ../../nbs/moe/30_data.ipynb #b34c2dd6
 PRESETS = {
     "tiny": MoEConfig(
         data=DataConfig(n_val=60, n_test=120),
@@ -817,7 +888,7 @@ PRESETS = {
     "small": MoEConfig(
         preset="small", workers=2,
         model=sized(2, 4, 64, 128, 4),
-        train=TrainConfig(steps=4500, batch_size=64, lr=2e-3, **STEPS),
+        train=TrainConfig(steps=4500, batch_size=64, lr=2e-3, precision="fp32", **STEPS),
     ),
     "full": MoEConfig(
         preset="full", workers=4,
@@ -848,11 +919,12 @@ PRESETS["ablations"] = replace(
     train=replace(PRESETS["small"].train, steps=2000), evaluate=QUICK,
 )  # fmt: skip
 
-# %% ../../nbs/moe/30_data.ipynb #bf839a7d
+# %% ../../nbs/moe/30_data.ipynb #b2680fa7
 RIVALS = (
     "moe",
     "dense",
     "dense_time",
+    "plain",
     "gru",
     "dlinear",
     "linear_ar",
@@ -863,7 +935,7 @@ RIVALS = (
 )
 HEADLINE = (
     *(f"evaluate.error.noisy.{how}.{name}" for how in ("mean", "median") for name in RIVALS),
-    *(f"evaluate.error.clean.{how}.{name}" for how in ("mean", "median") for name in RIVALS[:8]),
+    *(f"evaluate.error.clean.{how}.{name}" for how in ("mean", "median") for name in RIVALS[:9]),
     "evaluate.coverage_90",
     "evaluate.crps.moe",
     "evaluate.crps.linear_ar",
@@ -906,7 +978,7 @@ def euler_gap_m(samples: int = 160, n: int = 50) -> float:
         x = x + 0.005 * lorenz_slope(x, *numbers)
     return float(np.median(np.linalg.norm(x.T - path[:, -1], axis=1)))
 
-# %% ../../nbs/moe/30_data.ipynb #e776afa2
+# %% ../../nbs/moe/30_data.ipynb #bdb59a79
 @stage("moe", "data")
 def run_stage(cfg: MoEConfig, run: Run) -> None:
     "Make the test sets, or find them in the cache."
@@ -916,7 +988,9 @@ def run_stage(cfg: MoEConfig, run: Run) -> None:
     rms = context_rms(data["position"].reshape(len(data), -1, cfg.data.dims)[:, : cfg.data.context])
     for k, name in enumerate((*cfg.data.families, *cfg.data.unseen)):
         mine = data.labels["family"] == k
-        run.record(f"data.context_rms.{name.rpartition(':')[2]}", float(rms[mine].mean()), "m")
+        run.record(f"data.context_rms.{short_name(name)}", float(rms[mine].mean()), "m")
+    for name in cfg.evaluate.metrics:  # better missed now than after the training
+        load_named(name, "metric")
     run.record("data.document.swept_area_ratio", swept_area_ratio(), "1", "lower")
     run.record("data.document.euler_gap", euler_gap_m(), "m", "lower")
 
@@ -925,8 +999,8 @@ def load_data(run: RunReader) -> Trajectories:
     "The test sets of a run."
     return Trajectories.open(run.shared("data"))
 
-# %% ../../nbs/moe/30_data.ipynb #69c5a3f7
-AXES = ("x_m", "y_m", "z_m")
+# %% ../../nbs/moe/30_data.ipynb #18a230fe
+AXES = ("x_m", "y_m", "z_m")  # come first; other columns in metres follow as they stand
 
 
 def read_file(path: str | Path) -> Trajectories:
@@ -934,17 +1008,21 @@ def read_file(path: str | Path) -> Trajectories:
     path = Path(path)
     if path.suffix in (".npy", ".npz"):
         arrays = np.load(path)
-        width = (arrays if path.suffix == ".npy" else next(iter(arrays.values()))).shape[-1]
+        shape = (arrays if path.suffix == ".npy" else next(iter(arrays.values()))).shape
+        if len(shape) < 2:
+            wanted = "(steps, coordinates) or (episodes, steps, coordinates)"
+            raise TrajbookError(f"{path.name} holds an array of shape {shape}; give {wanted}")
+        width = shape[-1]
         return Trajectories.from_numpy(path, (Field("position", "float64", (width,), "m"),))
     if path.suffix not in (".csv", ".parquet"):
         allowed = "a .csv, .parquet, .npy or .npz file, or a dataset folder"
         raise TrajbookError(f"{path.name} cannot be read: give {allowed}")
     names = column_names(path)
     axes = tuple(a for a in AXES if a in names)
+    axes += tuple(n for n in names if n.endswith("_m") and n not in AXES)
     if not axes:
-        raise TrajbookError(
-            f"{path.name} has no column {', '.join(AXES)}; it has: {', '.join(names)}"
-        )
+        wanted = f"{', '.join(AXES)}, or others that end in _m"
+        raise TrajbookError(f"{path.name} has no column {wanted}; it has: {', '.join(names)}")
     read = Trajectories.from_csv if path.suffix == ".csv" else Trajectories.from_parquet
     there = {k: c for k, c in (("episode", "episode"), ("time", "time_s")) if c in names}
     recording = (Field("position", "float64", (len(axes),), "m"),)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PATH_JS', 'BARS_JS', 'EXPERTS_JS', 'LUMINANCE', 'Choices', 'choices_of', 'entropy', 'load_numbers', 'classes',
-           'properties', 'mutual_information', 'information', 'routers', 'without', 'routed_by_place', 'family_errors',
-           'knockouts', 'viewer_state', 'ExpertViewer', 'usage_table', 'record_information', 'compare_with_fresh',
-           'record_headline', 'record_knockouts', 'draw_experts', 'run_stage', 'keep_for_viewer', 'viewer_of']
+           'properties', 'mutual_information', 'deal', 'information', 'routers', 'without', 'routed_by_place',
+           'family_errors', 'knockouts', 'viewer_state', 'ExpertViewer', 'usage_table', 'questions',
+           'record_information', 'compare_with_fresh', 'record_headline', 'record_knockouts', 'draw_experts',
+           'run_stage', 'keep_for_viewer', 'viewer_of']
 
 # %% ../../nbs/moe/34_experts.ipynb #e99e1f60
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -103,13 +104,13 @@ def classes(
     edges = np.quantile(values, np.linspace(0, 1, n + 1)[1:-1])
     return np.searchsorted(edges, values, side="right")
 
-# %% ../../nbs/moe/34_experts.ipynb #c6678a2e
+# %% ../../nbs/moe/34_experts.ipynb #9bcc602a
 def properties(cases: Cases, patch: int) -> dict[str, np.ndarray]:  # Name to (n, L) classes
     "What might matter about each token."
     x, size = cases.context, cases.spread[:, None]
     n, C, D = x.shape
-    L = C // patch
-    x = x[:, C - L * patch :]
+    L = -(-C // patch)  # tokens; the first one may begin with padding
+    x = np.pad(x, ((0, 0), (L * patch - C, 0), (0, 0)), mode="edge")
     speed = np.linalg.norm(np.diff(x, axis=1, prepend=x[:, :1]), axis=-1) / size
     bent = curvature(x, cases.dt_s) * size
     bent = np.pad(bent, ((0, 0), (1, 1)), mode="edge")
@@ -136,19 +137,36 @@ def mutual_information(
     seen = joint > 0
     return float((joint[seen] * np.log(joint[seen] / apart[seen])).sum())
 
-# %% ../../nbs/moe/34_experts.ipynb #9d2d1090
+# %% ../../nbs/moe/34_experts.ipynb #582ea183
+def deal(label: np.ndarray, kind: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    "Windows dealt out among windows of the same kind."
+    dealt, places = np.empty_like(label), np.argsort(kind, kind="stable")
+    dealt[places] = label[np.lexsort((draw.random(len(kind)), kind))]
+    return dealt
+
+
 def information(
     first: np.ndarray,  # (n, L) chosen expert
     label: np.ndarray,  # (n, L) a property
     permutations: int,
     draw: np.random.Generator,
+    given: np.ndarray | None = None,  # (n, L) a property that is known already
 ) -> tuple[float, float, float]:  # Nats; mean of the null; p (Phipson and Smyth 2010, eq. 2)
     "Mutual information of choice and property, beside its null."
-    value, null = mutual_information(first.ravel(), label.ravel()), []
+    known = np.zeros_like(label) if given is None else given
+    base = mutual_information(first.ravel(), known.ravel())
+
+    def more(x: np.ndarray) -> float:
+        return mutual_information(first.ravel(), (x * (known.max() + 1) + known).ravel()) - base
+
+    value = more(label)
     same = (label == label[:1]).all()  # in every window: dealing windows out would do nothing
-    for _ in range(permutations):
-        dealt = draw.permuted(label, axis=1) if same else label[draw.permutation(len(label))]
-        null.append(mutual_information(first.ravel(), dealt.ravel()))
+    kind = np.rint(known.mean(1))  # of a window; only windows of one kind are exchanged
+    deals = (
+        draw.permuted(label, axis=1) if same else deal(label, kind, draw)
+        for _ in range(permutations)
+    )
+    null = [more(x) for x in deals]
     reached = 1 + sum(v >= value for v in null)  # the value itself is one of the possible deals
     return value, float(np.mean(null)), reached / (1 + permutations)
 
@@ -157,16 +175,16 @@ def routers(model: MoEForecaster) -> list[Router]:
     "The routers, layer by layer."
     return [m.router for m in model.modules() if isinstance(m, Mixture)]
 
-# %% ../../nbs/moe/34_experts.ipynb #673bb00a
+# %% ../../nbs/moe/34_experts.ipynb #473f587d
 @contextmanager
 def without(model: MoEForecaster, layer: int, expert: int) -> Iterator[None]:
     "Close one expert inside the block."
-    alive = routers(model)[layer].alive
-    alive[expert] = False
+    router = routers(model)[layer]
+    router.close(expert)
     try:
         yield
     finally:
-        alive[expert] = True
+        router.open()
 
 # %% ../../nbs/moe/34_experts.ipynb #712dda0c
 @contextmanager
@@ -338,17 +356,25 @@ class ExpertViewer(anywidget.AnyWidget):
         data = viewer_state(*args, **options)
         super().__init__(data=data, step=data["context"] // 2)
 
-# %% ../../nbs/moe/34_experts.ipynb #d553f24e
+# %% ../../nbs/moe/34_experts.ipynb #5adb6a12
 def usage_table(choices: Choices, family: np.ndarray, n: int, k: int) -> np.ndarray:
     "Share of the choices of each family: (layers, families, E)."
     return np.stack([(choices.gate[:, family == f] > 0).mean((1, 2)) / k for f in range(n)], 1)
 
 
+def questions(cases: Cases, patch: int) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    "What the choices are asked about: a property, and what is known already."
+    what = properties(cases, patch)
+    return {k: (v, None) for k, v in what.items()} | {
+        "family_given_speed": (what["family"], what["speed"])
+    }
+
+
 def record_information(run: Run, name: str, choices: Choices, cases: Cases, patch: int) -> None:
     "Mutual information of the choices with every property, beside its null."
     draw, n = rng(run.cfg.data.seed, "moe", "null", name), run.cfg.evaluate.permutations
-    for what, label in properties(cases, patch).items():
-        found = [information(first, label, n, draw) for first in choices.first]
+    for what, (label, given) in questions(cases, patch).items():
+        found = [information(first, label, n, draw, given) for first in choices.first]
         values, nulls, reached = zip(*found, strict=True)
         key = f"evaluate.experts.{name}.mutual_information"
         run.record(f"{key}.{what}.value", float(np.mean(values)), "nats")
@@ -378,7 +404,7 @@ def record_headline(run: Run, choices: Choices, cases: Cases, config) -> None:
         "evaluate.experts.mutual_information_family", "evaluate.experts.mutual_information_null"
     )
 
-# %% ../../nbs/moe/34_experts.ipynb #059c2e6f
+# %% ../../nbs/moe/34_experts.ipynb #f37ea844
 def record_knockouts(
     run: Run, model: MoEForecaster, cases: Cases
 ) -> np.ndarray:  # (layers, E, families)
@@ -386,13 +412,13 @@ def record_knockouts(
     table, whole = knockouts(model, cases), family_errors(model, cases)
     for layer, rows in enumerate(table):
         for expert, row in enumerate(rows):
-            for name, value in zip(cases.names, row, strict=True):
+            for name, value in zip(cases.labels, row, strict=True):
                 run.record(
                     f"evaluate.experts.knockout.layer_{layer}.expert_{expert}.{name}", value, "1"
                 )
     with routed_by_place(model):
         ratio = family_errors(model, cases) / whole
-    for name, value in zip(cases.names, ratio, strict=True):
+    for name, value in zip(cases.labels, ratio, strict=True):
         run.record(f"evaluate.experts.by_place.{name}", value, "1")
     run.record("evaluate.experts.knockout.worst", float(table.max()), "1")
     run.record("evaluate.experts.knockout.mean", float(table.mean()), "1")
@@ -423,7 +449,7 @@ def draw_experts(usage: np.ndarray, knockout: np.ndarray, families: Sequence[str
             ax.set_xticks(range(E))
     return fig
 
-# %% ../../nbs/moe/34_experts.ipynb #e8b8c053
+# %% ../../nbs/moe/34_experts.ipynb #f91f64dc
 @stage("moe", "experts")
 def run_stage(cfg: MoEConfig, run: Run) -> None:
     "Measure what the experts of the run's networks do."
@@ -438,12 +464,12 @@ def run_stage(cfg: MoEConfig, run: Run) -> None:
         if name == ours:
             fresh = fresh_model(cfg, name).to(run.device).eval()
             record_information(run, "fresh", choices_of(fresh, cases), cases, model.config.patch)
-            compare_with_fresh(run, name, properties(cases, model.config.patch))
+            compare_with_fresh(run, name, questions(cases, model.config.patch))
             record_headline(run, choices, cases, model.config)
             table = record_knockouts(run, model, some)
             usage = usage_table(choices, cases.family, len(cases.names), model.config.n_active)
             save_figure(
-                run.path("figures"), "expert_utilization", draw_experts(usage, table, cases.names)
+                run.path("figures"), "expert_utilization", draw_experts(usage, table, cases.labels)
             )
             keep_for_viewer(run, cases, choices, usage, table)
 

@@ -6,10 +6,11 @@
 __all__ = ['Targets', 'targets', 'size_of', 'forecast_losses', 'routing_losses', 'loss_fn', 'detached', 'means_of',
            'MotionDataset', 'validation_batches', 'family_usage', 'bound_axis', 'draw_losses', 'draw_usage',
            'draw_forecast', 'progress_picture', 'examples_of', 'monitor', 'calibrate', 'save_model', 'fresh_model',
-           'train_variant', 'finish', 'run_stage']
+           'training_step', 'step_seconds', 'train_variant', 'finish', 'record_times', 'run_stage']
 
-# %% ../../nbs/moe/32_train.ipynb #cc5714f4
+# %% ../../nbs/moe/32_train.ipynb #6973a25c
 import functools
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ from trajbook.moe.model import (
     utilization,
 )
 from ..run import Run, in_jupyter, save_figure, settle, stage, time_left
-from ..train import fit, share, to_tensors, train_all
+from ..train import adamw, fit, share, to_tensors, train_all
 
 # %% ../../nbs/moe/32_train.ipynb #e24c20fa
 class Targets(NamedTuple):
@@ -103,7 +104,7 @@ def routing_losses(
     }
     return {k: torch.stack(v).mean() for k, v in parts.items()}
 
-# %% ../../nbs/moe/32_train.ipynb #6ba80d18
+# %% ../../nbs/moe/32_train.ipynb #9eecb419
 def loss_fn(
     model: torch.nn.Module,  # MoEForecaster, perhaps wrapped
     batch: dict,  # position, observed, n_valid, family
@@ -120,7 +121,7 @@ def loss_fn(
         found["error"] + loss.own * found["own_error"] if net.combiner else found["own_error"]
     )
     extra = routing_losses(out, total)
-    weight = torch.tensor(float(len(total)), device=total.device)
+    weight = torch.full((), float(len(total)), device=total.device)
     if extra:
         aux = loss.load_balance * extra["load_balance"] + loss.router_z * extra["router_z"]
         total = total + aux
@@ -206,14 +207,14 @@ def bound_axis(ax) -> None:
         ax.set_ylim(low - 0.05 * (top - low), top)
         ax.plot(x[y > top], np.full((y > top).sum(), top), "v", color="black", clip_on=False)
 
-# %% ../../nbs/moe/32_train.ipynb #cd4ac00d
+# %% ../../nbs/moe/32_train.ipynb #2248d10b
 def draw_losses(axes: Sequence, rows: list[dict], speed: float) -> None:
     "Losses, errors and the busiest expert, over the steps."
     from trajbook.viz import style
 
     panels = {
         "loss": {"loss": "training", "val_loss": "validation"},
-        "error / spread": {"val_error": "combined", "val_own_error": "own"},
+        "error / unit of the window": {"val_error": "combined", "val_own_error": "own"},
         "error per sample": {
             "val_velocity_error": "velocity",
             "val_acceleration_error": "acceleration",
@@ -287,7 +288,7 @@ def progress_picture(
         draw_forecast(fig.add_subplot(*shape, 6 + i, **space), *example)
     return fig
 
-# %% ../../nbs/moe/32_train.ipynb #8a7591d7
+# %% ../../nbs/moe/32_train.ipynb #74b3a4da
 def examples_of(
     model: MoEForecaster,
     batch: dict,  # Tensors
@@ -299,7 +300,7 @@ def examples_of(
     with torch.no_grad():
         out = model(batch["observed"], batch["n_valid"])
     mean = (out.mean.double() * out.window.scale + out.window.center).cpu().numpy()
-    for k in [w for w in which if w < len(families)]:
+    for k in [w for w in which if (batch["family"] == w).any()]:
         i = int((batch["family"] == k).nonzero()[0])
         path = batch["position"][i].cpu().numpy()
         found.append((batch["observed"][i].cpu().numpy(), path[C : C + H], mean[i], families[k]))
@@ -371,7 +372,46 @@ def fresh_model(cfg: MoEConfig, name: str) -> MoEForecaster:
         torch.manual_seed(key_to_seed(cfg.seed, "moe", name) % 2**63)
         return MoEForecaster(variant(cfg, name).model)
 
-# %% ../../nbs/moe/32_train.ipynb #113317ec
+# %% ../../nbs/moe/32_train.ipynb #a9aa7e04
+def training_step(cfg: MoEConfig, name: str, device: str) -> Callable:
+    "One step of a variant on a batch that stays the same."
+    setup = variant(cfg, name)
+    net = fresh_model(cfg, name).to(device).train()
+    optimizer, low = adamw(net, setup.train), setup.train.precision != "fp32"
+    rows = next(Stream(cfg.data, setup.augment, setup.train.batch_size, cfg.seed))
+    batch = to_tensors(rows, torch.device(device), step=0)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=low):
+            total, weight, _ = loss_fn(net, batch, setup.loss)
+        (total / weight).backward()
+        optimizer.step()
+
+    return step
+
+
+def step_seconds(
+    cfg: MoEConfig,
+    names: Sequence[str],  # Variants
+    device: str = "cpu",
+    rounds: int = 7,
+) -> dict[str, list[float]]:  # Name to seconds of each round
+    "Time of a training step of each variant: processor time, or on a GPU time until it is done."
+    steps = {name: training_step(cfg, name, device) for name in names}
+    on_cpu, times = device == "cpu", {name: [] for name in names}
+    wait = (lambda: None) if on_cpu else torch.cuda.synchronize
+    clock = time.process_time if on_cpu else time.perf_counter
+    for r in range(rounds + 1):  # the first one warms up
+        for name in names:
+            wait()
+            start = clock()
+            steps[name]()
+            wait()
+            times[name] += [clock() - start] if r else []
+    return times
+
+# %% ../../nbs/moe/32_train.ipynb #3258b496
 def train_variant(
     cfg: MoEConfig,
     data_dir: Path,  # The test sets
@@ -390,7 +430,7 @@ def train_variant(
     fit(
         fresh_model(cfg, name), functools.partial(loss_fn, loss=setup.loss), stream, setup.train,
         folder, val_batches=val, seed=cfg.seed, device=device, name=name,
-        after_eval=[monitor(figures, title, val[-1], cfg.data.families, first)],
+        after_eval=[monitor(figures, title, val[len(val) // 2], cfg.data.families, first)],
         save=functools.partial(save_model, cfg=cfg, name=name), stop_after_s=time_left(),
     )  # fmt: skip
 
@@ -415,7 +455,18 @@ def finish(cfg: MoEConfig, run: Run, name: str, val: list[dict]) -> dict:
         run.record(f"train.{name}.{key}", value, units.get(key, "1"), better.get(key))
     return found
 
-# %% ../../nbs/moe/32_train.ipynb #aa8f45e0
+# %% ../../nbs/moe/32_train.ipynb #9f620156
+def record_times(cfg: MoEConfig, run: Run) -> None:
+    "Time of a step of each network, and of its training relative to the first one's."
+    found = step_seconds(cfg, cfg.variants, run.device)
+    steps = {n: variant(cfg, n).train.steps for n in cfg.variants}
+    ours = np.array(found[cfg.variants[0]]) * steps[cfg.variants[0]]
+    for name, seconds in found.items():
+        run.record(f"train.{name}.step_time_ms", 1e3 * float(np.median(seconds)), "ms")
+        share = float(np.median(np.array(seconds) * steps[name] / ours))
+        run.record(f"train.{name}.relative_time", share, "1")
+
+# %% ../../nbs/moe/32_train.ipynb #90a142d2
 @stage("moe", "train")
 def run_stage(cfg: MoEConfig, run: Run) -> None:
     "Train every variant of the run and record how well it learned."
@@ -426,4 +477,5 @@ def run_stage(cfg: MoEConfig, run: Run) -> None:
     train_all(cfg.variants, run.dir, train, workers, cfg.threads)
     val = validation_batches(Trajectories.open(data_dir), cfg.data.context)
     summary = {name: finish(cfg, run, name, val) for name in cfg.variants}
+    record_times(cfg, run)
     atomic_write(run.path("training_summary.yaml"), yaml.safe_dump(summary, sort_keys=False))
