@@ -7,9 +7,10 @@ __all__ = ['NORM_STEPS', 'DEFAULT_CHECKPOINT', 'Window', 'padding_of', 'to_windo
            'Routing', 'place_table', 'Router', 'utilization', 'load_balance_loss', 'router_z_loss', 'balance',
            'dense_experts', 'grouped_matmul', 'grouped_experts', 'within_capacity', 'Mixture', 'MixtureBlock', 'Trunk',
            'RecurrentTrunk', 'lag_sums', 'fit_recurrence', 'response', 'Candidates', 'extrapolate', 'bounded',
-           'candidate', 'make_candidates', 'OwnHead', 'Combiner', 'DLinear', 'Outputs', 'MoEForecaster', 'Forecast',
-           'degrees_of_freedom', 'sample_errors', 't_log_density', 'forecast', 'last_two', 'Generation', 'draw_errors',
-           'generate', 'example', 'foretell', 'describe', 'active_parameters', 'step_memory_mb', 'run_stage']
+           'candidate', 'make_candidates', 'OwnHead', 'Combiner', 'DLinear', 'Outputs', 'bounded_scale',
+           'MoEForecaster', 'Forecast', 'degrees_of_freedom', 'sample_errors', 't_log_density', 'forecast', 'last_two',
+           'Generation', 'draw_errors', 'generate', 'example', 'foretell', 'describe', 'active_parameters',
+           'step_memory_mb', 'run_stage']
 
 # %% ../../nbs/moe/31_model.ipynb #689e1f3e
 import math
@@ -641,7 +642,17 @@ class Outputs(NamedTuple):
     routing: list[Routing]  # One per layer with experts
     window: Window
 
-# %% ../../nbs/moe/31_model.ipynb #5d44ad32
+# %% ../../nbs/moe/31_model.ipynb #e23d0f92
+def bounded_scale(
+    log_scale: Tensor,  # (B, H)
+    window: Window,
+) -> Tensor:  # (B, H)
+    "The scale, softly between float32's rounding and ten times the motion's reach."
+    reach = window.values.norm(dim=-1).amax(1).clamp(min=1).log().float()[:, None]
+    low, high = reach + math.log(1e-7), reach + math.log(10)
+    return low + F.softplus(high - F.softplus(high - log_scale) - low)
+
+# %% ../../nbs/moe/31_model.ipynb #0d18fabd
 class MoEForecaster(nn.Module):
     "Foretells a motion: a causal trunk with experts, an own forecast, classical candidates."
 
@@ -697,8 +708,7 @@ class MoEForecaster(nn.Module):
             mean, log_scale, weight = self.combiner(
                 hidden[:, -1], mean, found, told[:, -1, : self.config.dims]
             )
-            reach = window.values.norm(dim=-1).amax(1).clamp(min=1).float()
-            log_scale = torch.minimum(log_scale, (10 * reach).log()[:, None])
+            log_scale = bounded_scale(log_scale, window)
         return Outputs(mean, log_scale, own, own_log_scale, weight, routing, window)
 
 # %% ../../nbs/moe/31_model.ipynb #c5bc8204
