@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import urllib.request
 import venv
 from importlib.metadata import Distribution, distribution
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from packaging.requirements import Requirement
 
 from trajbook.apps.deploy import deploy
@@ -135,6 +137,54 @@ def test_a_changed_file_is_refused_by_name(folder, name):
     finally:
         file.write_bytes(before)
     assert done.returncode == 1 and f"{name} was changed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["numpy.py", "hashlib.py", "uvicorn/__init__.py", "__pycache__/app.pyc"]
+)
+def test_a_file_that_was_laid_beside_is_refused_and_not_run(folder, tmp_path, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("print('planted code runs')")
+    go = [sys.executable, copy / "start_server.py", "--check"]
+    done = subprocess.run(go, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and f"{Path(name).parts[0]} is not in the manifest" in done.stderr
+    assert "planted" not in done.stdout + done.stderr
+
+
+def application(folder: Path) -> tuple[dict, object]:
+    "The web application of a deployment, in this process."
+    facts = json.loads((folder / "manifest.json").read_text())
+    code = types.ModuleType("deployed_app")
+    sys.modules["deployed_app"] = code
+    exec((folder / "app.py").read_text(), code.__dict__)
+    return facts, code.make_app(code.Model(folder / "model.pt2", facts), facts)
+
+
+def test_odd_requests_get_a_sentence(folder):
+    "Ragged points, streamed bodies; a motion that rests and then moves has a finite answer."
+    facts, app = application(folder)
+    client = TestClient(app, raise_server_exceptions=False)
+    for history in ([[0, 0], [0, 0, 0]], [[]], [[0, 0]], []):
+        assert client.post("/v1/forecast", json={"history": history}).status_code == 422
+    streamed = client.post("/v1/forecast", content=iter([b"{}"]))
+    assert streamed.status_code == 413
+    rest = 1e-3 * np.random.default_rng(0).normal(size=(128, 3))
+    rest[64:] += np.linspace(0, 1, 64)[:, None]
+    answer = client.post("/v1/forecast", json={"history": rest.tolist()})
+    assert answer.status_code == 200 and np.isfinite(answer.json()["scale"]).all()
+
+
+@pytest.mark.parametrize("context", [3, 32, 40])
+def test_a_short_context_can_be_deployed(context, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "n_heads": 2, "d_ff": 32, "head_width": 32}
+    model = MoEForecaster(ModelConfig(context=context, horizon=8, **sizes)).eval()
+    extra = describe(model.config)
+    save_checkpoint(tmp_path / "model", model, method="moe", **extra)
+    made = deploy(tmp_path / "model", "short", tmp_path / "short")
+    assert "as they should be" in start(made, "--check").stdout
 
 
 def worse_mean(case: dict) -> None:

@@ -8,13 +8,13 @@ __all__ = ['Method', 'Pairs', 'RunName', 'Runs', 'Data', 'Device', 'ENDINGS', 'C
            'run_row', 'summary', 'show_summary', 'list_row', 'runs_table', 'pick_run', 'stages_table', 'describe_run',
            'RunsCommand', 'evaluate_again', 'EvalCommand', 'ConfigCommand', 'import_or_explain', 'preset_runs',
            'CompareCommand', 'PublishCommand', 'BenchCommand', 'method_word', 'read_trajectories', 'check_ending',
-           'write_vectors', 'EmbedCommand', 'ForecastCommand', 'ServeCommand', 'DeployCommand', 'finished_run',
-           'DemoCommand', 'Finding', 'examine', 'requirements', 'examine_requirement', 'try_physics', 'try_rendering',
-           'try_python', 'try_gpu', 'try_program', 'try_folder', 'try_method', 'diagnose', 'DoctorCommand',
-           'VersionCommand', 'dotted_as_set', 'repeat_option', 'sentence', 'show_examples', 'run_words', 'parse',
-           'report', 'main']
+           'write_vectors', 'EmbedCommand', 'write_forecast', 'rate_warnings', 'ForecastCommand', 'ServeCommand',
+           'DeployCommand', 'finished_run', 'DemoCommand', 'Finding', 'examine', 'requirements', 'examine_requirement',
+           'try_physics', 'try_rendering', 'try_python', 'try_gpu', 'try_program', 'try_folder', 'try_method',
+           'diagnose', 'DoctorCommand', 'VersionCommand', 'dotted_as_set', 'repeat_option', 'sentence', 'show_examples',
+           'run_words', 'parse', 'report', 'main']
 
-# %% ../../nbs/apps/64_cli.ipynb #92d340e3
+# %% ../../nbs/apps/64_cli.ipynb #dca84f08
 import contextlib
 import importlib
 import importlib.metadata
@@ -25,13 +25,14 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from configparser import ConfigParser
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
@@ -537,7 +538,49 @@ class EmbedCommand(Command):
         said = ", ".join(f"{k} {tuple(v)}" for k, v in shapes.items())
         self.show(f"{said} written to {out}", {"file": str(out), "shapes": shapes})
 
-# %% ../../nbs/apps/64_cli.ipynb #a94bbdd3
+# %% ../../nbs/apps/64_cli.ipynb #d1c8e2c1
+def write_forecast(
+    path: Path,  # .csv
+    found: Mapping[str, Any],  # mean (N, H, D) and scale (N, H), m; dof (1,)
+) -> None:
+    "Write forecasts as rows of episode, step, coordinates, scale and degrees of freedom."
+    mean, scale, dof = found["mean"], found["scale"], float(found["dof"][0])
+    axes = [f"{'xyz'[d]}_m" if d < 3 else f"axis_{d + 1}_m" for d in range(mean.shape[2])]
+    lines = [",".join(("episode", "step", *axes, "scale", "dof"))]
+    for e, (path_e, scale_e) in enumerate(zip(mean, scale, strict=True)):
+        for h, (x, s) in enumerate(zip(path_e, scale_e, strict=True), 1):
+            lines.append(",".join(map(repr, (e, h, *map(float, x), float(s), dof))))
+    atomic_write(path, "\n".join(lines) + "\n")
+
+# %% ../../nbs/apps/64_cli.ipynb #ade5e147
+def rate_warnings(
+    path: Path,
+    rate_hz: float,  # Of the training
+) -> list[str]:
+    "What the times of a CSV file say against the rate of the training."
+    import csv
+
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [{k.strip(): v for k, v in row.items() if k} for row in csv.DictReader(file)]
+    if not rows or "time_s" not in rows[0]:
+        return []
+    pairs = zip(rows, rows[1:], strict=False)
+    same = [(a, b) for a, b in pairs if a.get("episode") == b.get("episode")]
+    steps = [float(b["time_s"]) - float(a["time_s"]) for a, b in same]
+    if not steps:
+        return []
+    usual, found = statistics.median(steps), []
+    if abs(usual * rate_hz - 1) > 0.05:
+        found.append(f"steps of {usual:g} s; the model was trained with {1 / rate_hz:g} s")
+    uneven = [k for k, s in enumerate(steps) if abs(s / usual - 1) > 0.5]
+    if uneven:
+        after = same[uneven[0]][0]["time_s"]
+        found.append(
+            f"{len(uneven)} uneven steps, the first after time_s {after}; the model sees even ones"
+        )
+    return found
+
+# %% ../../nbs/apps/64_cli.ipynb #190b4e1f
 @dataclass(frozen=True)
 class ForecastCommand(Command):
     "Foretell trajectories with a trained model."
@@ -546,7 +589,7 @@ class ForecastCommand(Command):
     run: Positional[RunName]  # latest, METHOD, METHOD/NAME, METHOD/NAME/seed-K or a path
     data: Positional[Data]  # Dataset folder, or a CSV, Parquet or NumPy file
     horizon: int = 0  # Samples to come, 0 = as the model was trained
-    out: str = "forecast.safetensors"  # .npy or .csv (means only) or .safetensors
+    out: str = "forecast.safetensors"  # .npy (means only), .csv (a row per step) or .safetensors
     checkpoint: str = ""  # Such as moe/best
     device: Device = "auto"
 
@@ -555,15 +598,25 @@ class ForecastCommand(Command):
         foretell = method_word(run.method, "model", "foretell")
         name = self.checkpoint or method_word(run.method, "model", "DEFAULT_CHECKPOINT")
         folder, data = run.checkpoint(name), read_trajectories(run.method, Path(self.data))
-        load = import_or_explain("trajbook.checkpoint").load
+        load, read_header = (
+            getattr(import_or_explain("trajbook.checkpoint"), n) for n in ("load", "read_header")
+        )
+        rate = read_header(folder)["extra"].get("sampling_rate_hz")
+        warned = rate_warnings(Path(self.data), rate) if rate and self.data.endswith(".csv") else []
+        for text in warned:
+            print(f"warning: {self.data} has {text}", file=sys.stderr)
         found = foretell(load(folder, device=pick_device(self.device)), data, self.horizon or None)
-        arrays = found if out.suffix == ".safetensors" else {"mean": found["mean"]}
-        write_vectors(out, arrays)
+        if out.suffix == ".csv":
+            arrays = dict(found)
+            write_forecast(out, found)
+        else:
+            arrays = found if out.suffix == ".safetensors" else {"mean": found["mean"]}
+            write_vectors(out, arrays)
         shapes = {k: list(v.shape) for k, v in arrays.items()}
         said = ", ".join(f"{k} {tuple(v)}" for k, v in shapes.items())
         self.show(f"{said} written to {out}", {"file": str(out), "shapes": shapes})
 
-# %% ../../nbs/apps/64_cli.ipynb #0e004317
+# %% ../../nbs/apps/64_cli.ipynb #f9986c34
 @dataclass(frozen=True)
 class ServeCommand(Command):
     "Serve a trained model over HTTP until stopped; `/` is a page to try it."
@@ -581,10 +634,12 @@ class ServeCommand(Command):
     batching: bool = True  # Answer requests that wait together in one pass
     max_queue: int = 256  # Requests that may wait; beyond, the answer is 429
     threads: int = 1  # Threads of numerical libraries
+    grace_s: int = 120  # Seconds for what was accepted, after the signal to stop
 
     def __call__(self) -> None:
         chapter = import_or_explain("trajbook.apps.serve")
-        options = {k: getattr(self, k) for k in ("checkpoint", "batching", "max_queue", "threads")}
+        names = ("checkpoint", "batching", "max_queue", "threads", "grace_s")
+        options = {k: getattr(self, k) for k in names}
         key = os.environ.get("TRAJBOOK_API_KEY", "")
         chapter.serve(self.run, self.host, self.port, self.device, api_key=key, **options)
 
@@ -932,13 +987,14 @@ def report(error: Exception, debug: bool) -> int:  # Exit code
     print(f"error: {said}{hint}", file=sys.stderr)
     return 2 if known else 1
 
-# %% ../../nbs/apps/64_cli.ipynb #cd780f0e
+# %% ../../nbs/apps/64_cli.ipynb #150806f6
 def main(
     words: Sequence[str] | None = None,  # Default: the command line
 ) -> int:  # Exit code
     "The program `trajbook`."
     words = list(sys.argv[1:] if words is None else words)
     try:
+        os.environ.setdefault("TRAJBOOK_HOME", os.getcwd())  # where a user's own modules are found
         return parse([w for w in words if w != "--debug"])() or 0
     except SystemExit as e:
         return e.code or 0
