@@ -176,7 +176,7 @@ def test_odd_requests_get_a_sentence(folder):
     assert answer.status_code == 200 and np.isfinite(answer.json()["scale"]).all()
 
 
-@pytest.mark.parametrize("context", [3, 32, 40])
+@pytest.mark.parametrize("context", [3, 40])
 def test_a_short_context_can_be_deployed(context, tmp_path):
     torch.manual_seed(0)
     sizes = {"d_model": 32, "n_heads": 2, "d_ff": 32, "head_width": 32}

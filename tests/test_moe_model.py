@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +30,7 @@ from trajbook.moe.model import (
     utilization,
     within_capacity,
 )
+from trajbook.moe.train import targets
 
 SMALL = ModelConfig(d_model=32, n_heads=2, d_ff=24, head_width=32)
 KINDS = ("topk", "switch", "noisy_topk", "bias", "random", "frozen")
@@ -112,21 +114,36 @@ def test_the_mixture_equals_mixtral_with_the_same_weights(implementation):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("training", [False, True])
-def test_the_future_never_changes_the_past(kind, training):
+@pytest.mark.parametrize("cut", [64, 96, 120])
+def test_the_future_never_changes_the_past(kind, training, cut):
     capacity = 1.2 if training else 0.0
     model = network(router=kind, capacity_factor=capacity).train(training)
-    x = walks(5, 128)
+    x, past = walks(5, 128), cut // 8
     changed = x.clone()
-    changed[:, 96:] += walks(5, 32, seed=1)
+    changed[:, cut:] += walks(5, 128 - cut, seed=1)
     torch.manual_seed(3)
     before = model(x, anchors=8)
     torch.manual_seed(3)
     after = model(changed, anchors=8)
-    torch.testing.assert_close(before.own[:, :4], after.own[:, :4], rtol=1e-5, atol=1e-5)
+    known = past - 8  # of the eight last tokens
+    torch.testing.assert_close(before.own[:, :known], after.own[:, :known], rtol=1e-5, atol=1e-5)
     for a, b in zip(before.routing, after.routing, strict=True):
-        a, b = (r.expert.view(5, 16, -1)[:, :12] for r in (a, b))
+        a, b = (r.expert.view(5, 16, -1)[:, :past] for r in (a, b))
         assert torch.equal(a, b)
-    assert not torch.allclose(before.own[:, 4:], after.own[:, 4:])
+    assert not torch.allclose(before.own[:, known:], after.own[:, known:])
+
+
+def test_the_units_are_known_after_64_samples_and_not_before():
+    "What is learned from earlier tokens would look ahead through the units; training leaves it out."
+    model, x = network(), walks(2, 128)
+    changed = x.clone()
+    changed[:, 48:64] += 10 * walks(2, 16, seed=1)
+    before, after = (model(v, anchors=16) for v in (x, changed))
+    assert not torch.allclose(before.own[:, :6], after.own[:, :6])
+    batch = {"position": walks(2, 160), "observed": x, "n_valid": torch.tensor([128, 100])}
+    asked = targets(batch, before, model.config).asked
+    assert asked[0].tolist() == [0.0] * 7 + [1.0] * 9
+    assert asked[1].tolist() == [0.0] * 11 + [1.0] * 5  # 28 samples of padding first
 
 
 @given(st.integers(1, 128), st.integers(0, 40), st.floats(-100, 100))
@@ -142,6 +159,46 @@ def test_padding_changes_nothing(seen, more, junk):
     torch.testing.assert_close(again.mean, whole.mean, rtol=1e-4, atol=1e-4 * scale)
     for a, b in zip(whole.routing, again.routing, strict=True):
         torch.testing.assert_close(utilization(a), utilization(b), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"architecture": "gru"}, {"patch": 1}, {"architecture": "dlinear", "candidates": ()}],
+)
+@pytest.mark.parametrize("seen", [1, 2, 3, 40, 101])
+def test_padding_changes_nothing_whatever_the_network(changes, seen):
+    model, x = network(**changes), walks(2, 128)[:, -seen:]
+    alone = model(x).mean
+    padded = model(F.pad(x, (0, 0, 128 - seen, 0), value=7.0), torch.tensor([seen, seen])).mean
+    torch.testing.assert_close(
+        padded, alone, rtol=1e-4, atol=1e-4 * float(alone.detach().abs().max())
+    )
+
+
+def test_a_motion_that_rests_and_then_moves_has_a_finite_scale():
+    "Its unit is the noise at rest, and everything later is a thousand units away."
+    model = network()
+    for size in (0.0, 1e-9, 1e-6, 1e-3):
+        x = size * torch.randn(4, 128, 3, dtype=torch.float64)
+        x[:, 64:] += torch.linspace(0, 1, 64)[:, None]
+        found = forecast(model, x)
+        assert found.mean.isfinite().all() and found.scale.isfinite().all()
+        assert float(found.scale.max()) < 40
+
+
+def test_an_expert_that_must_be_used_is_missed_when_it_is_closed():
+    for changes in (
+        {"n_experts": 2, "top_k": 2},
+        {"n_experts": 1, "top_k": 1},
+        {"router": "random"},
+    ):
+        model, x = network(**changes), walks(3)
+        before = model(x).own
+        router = next(m.router for m in model.modules() if isinstance(m, Mixture))
+        router.close(0)
+        assert not torch.allclose(model(x).own, before)
+        router.open()
+        torch.testing.assert_close(model(x).own, before)
 
 
 @given(st.floats(-1e3, 1e3), st.floats(0.01, 100))

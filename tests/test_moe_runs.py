@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from trajbook.apps.cli import main
 from trajbook.config import load_method, resolve
 from trajbook.core import TrajbookError, read_json, rng, root
 from trajbook.moe.data import (
@@ -18,6 +19,7 @@ from trajbook.moe.data import (
     Stream,
     family,
     make_motions,
+    read_file,
     variant,
 )
 from trajbook.moe.evaluate import (
@@ -29,7 +31,6 @@ from trajbook.moe.evaluate import (
     error,
     family_means,
     mean_error,
-    metric,
     oracle_forecast,
     predict,
     recurrence,
@@ -195,20 +196,64 @@ def test_the_truth_gets_full_marks_and_units_follow():
     np.testing.assert_allclose(METRICS["mse"].measure(cases, off), 0.25 / 3)
 
 
-def test_a_metric_of_ones_own_is_recorded(runs):
-    @metric("sideways", "m")
-    def sideways(cases, mean):
-        return np.abs(mean[..., 1] - cases.future[..., 1]).mean(1)
+@pytest.mark.slow
+def test_a_file_is_continued_and_the_table_can_be_continued_again(runs, tmp_path, capsys):
+    "By command; what the file's times say against the training's is said, and what does not fit."
+    table, out, run = tmp_path / "mine.csv", tmp_path / "futures.csv", str(runs[0].dir)
+    rows = [f"0,{k / 30},{np.sin(k / 9)},{np.cos(k / 9)},{k / 50}" for k in range(150)]
+    table.write_text("\n".join(["episode,time_s,x_m,y_m,z_m", *rows]))
+    assert main(["forecast", run, str(table), "--horizon", "40", "--out", str(out)]) == 0
+    assert "steps of 0.0333333 s" in capsys.readouterr().err
+    again = read_file(out)
+    assert again[0]["position"].shape == (40, 3)
+    assert main(["forecast", run, str(out), "--out", str(tmp_path / "more.safetensors")]) == 0
+    flat = tmp_path / "flat.csv"
+    flat.write_text("\n".join(["x_m,y_m", *("0,1" for _ in range(20))]))
+    assert main(["forecast", run, str(flat), "--out", str(out)]) == 2
+    assert "2 coordinates; this model takes 3" in capsys.readouterr().err
 
-    try:
-        assert (
-            family_means(
-                METRICS["sideways"].measure(some_cases(), some_cases().future), some_cases()
-            )["robot"]
-            == 0
-        )
-    finally:
-        del METRICS["sideways"]
+
+MINE = """
+import numpy as np
+from trajbook.moe.data import family
+from trajbook.moe.evaluate import metric
+
+@family("pendulum", length_m=(0.5, 2.0), swing=(0.1, 0.6), phase=(0.0, 6.28))
+def pendulum(p, time_s):
+    pace = np.sqrt(9.81 / p["length_m"])
+    angle = p["swing"] * np.cos(pace * time_s + p["phase"])
+    return np.stack([p["length_m"] * np.sin(angle), -p["length_m"] * np.cos(angle), 0 * angle], -1)
+
+@metric("worst_step", "m")
+def worst_step(cases, mean):
+    return np.linalg.norm(mean - cases.future, axis=-1).max(1)
+"""
+
+
+@pytest.mark.slow
+def test_a_family_and_a_metric_of_ones_own_go_through_a_run(tmp_path, monkeypatch):
+    "From the folder in which the command was given, to the results."
+    (tmp_path / "mine_of_a_test.py").write_text(MINE)
+    for name, folder in (("HOME", ""), ("RUNS", "runs"), ("CACHE", "cache")):
+        monkeypatch.setenv(f"TRAJBOOK_{name}", str(tmp_path / folder))
+    mine = {
+        "variants": ["moe"],
+        "data.families": ["helix", "mine_of_a_test:pendulum"],
+        "evaluate.metrics": ["mine_of_a_test:worst_step"],
+    }
+    (folder,) = run_method(
+        "moe", "tiny", [0], SHORT | mine, name="mine", isolate=False, fresh=False
+    )
+    METRICS.pop("worst_step")
+    found = RunReader(folder).results()
+    for key in ("error.noisy.pendulum.moe", "error.clean.pendulum.last", "worst_step.pendulum.moe"):
+        assert f"evaluate.{key}" in found
+    assert "evaluate.error.held_out_parameters.helix.moe" in found
+    assert "evaluate.error.held_out_parameters.pendulum.moe" not in found  # nothing is held out
+    with pytest.raises(TrajbookError, match="nobody"):
+        resolve("moe", "tiny", {"data.families": ["nobody:pendulum"]})
+    with pytest.raises(TrajbookError, match="different names"):
+        resolve("moe", "tiny", {"data.families": ["helix", "orbit", "helix"]})
 
 
 def test_the_oracle_is_a_floor():

@@ -7,7 +7,7 @@ __all__ = ['MODES', 'BATCHING', 'request_bytes', 'exchange', 'Answered', 'client
            'serving', 'await_ready', 'fresh_checkpoint', 'questions', 'load_test', 'ratios', 'load_table',
            'waiting_picture']
 
-# %% ../../nbs/apps/65_load.ipynb #5d68c3d3
+# %% ../../nbs/apps/65_load.ipynb #82684248
 import asyncio
 import contextlib
 import json
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -56,7 +56,7 @@ async def exchange(
     await reader.readexactly(int(length))
     return int(head.split(" ", 2)[1])
 
-# %% ../../nbs/apps/65_load.ipynb #423f6ebf
+# %% ../../nbs/apps/65_load.ipynb #e10c5ce3
 class Answered(NamedTuple):
     "One answer."
 
@@ -76,8 +76,9 @@ async def client(
         try:
             if writer is None:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            status = await exchange(reader, writer, requests[k % len(requests)])
-        except (OSError, asyncio.IncompleteReadError):
+            asked = exchange(reader, writer, requests[k % len(requests)])
+            status = await asyncio.wait_for(asked, max(1.0, until + 30 - time.perf_counter()))
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             status, writer = 0, None
             await asyncio.sleep(0.01)
         found.append(Answered(status, time.perf_counter() - start))
@@ -130,7 +131,7 @@ def summary(loads: Sequence[Load]) -> dict:
     found |= dict(zip(("p50_ms", "p95_ms", "p99_ms"), wait, strict=True))
     return found | {"curve_ms": curve}  # at 1 %, 2 %, … 99 %
 
-# %% ../../nbs/apps/65_load.ipynb #ec666908
+# %% ../../nbs/apps/65_load.ipynb #71359f56
 def free_port() -> int:
     "A port that nobody listens on."
     with socket.socket() as s:
@@ -147,21 +148,28 @@ def serving(
     "A server in a process of its own."
     port, code = free_port(), "import sys; from trajbook.apps.cli import main; sys.exit(main())"
     words = [sys.executable, "-c", code, "serve", str(model), "--port", str(port), *options]
-    started = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        await_ready(started, port, patience_s)
-        yield psutil.Process(started.pid), port
-    finally:
-        started.terminate()
-        started.communicate(timeout=60)
+    with tempfile.TemporaryFile("w+") as said:  # a pipe that nobody empties would stop the server
+        started = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said)
+        try:
+            await_ready(started, port, patience_s, said)
+            yield psutil.Process(started.pid), port
+        finally:
+            started.terminate()
+            started.wait(timeout=150)
 
-# %% ../../nbs/apps/65_load.ipynb #41b916d2
-def await_ready(started: subprocess.Popen, port: int, patience_s: float) -> None:
+# %% ../../nbs/apps/65_load.ipynb #434b24e2
+def await_ready(
+    started: subprocess.Popen,
+    port: int,
+    patience_s: float,
+    said: TextIO,  # What it wrote to standard error
+) -> None:
     "Wait until a server answers; if it ends instead, say what it said."
     until = time.monotonic() + patience_s
     while time.monotonic() < until:
         if started.poll() is not None:
-            raise TrajbookError(f"the server ended: {started.stderr.read().strip()[-500:]}")
+            said.seek(0)
+            raise TrajbookError(f"the server ended: {said.read().strip()[-500:]}")
         try:
             with urlopen(f"http://127.0.0.1:{port}/ready", timeout=1):
                 return
