@@ -816,7 +816,7 @@ VARIANTS = {  # name: (what it changes, steps relative to the mixture's, what fo
     "patch_1": ({"model.patch": 1}, 0.19, "a token per sample, equal time"),
 }
 
-# %% ../../nbs/moe/30_data.ipynb #1111e0b9
+# %% ../../nbs/moe/30_data.ipynb #83ce2b14
 @dataclass(frozen=True)
 class MoEConfig:
     "A whole run."
@@ -825,8 +825,8 @@ class MoEConfig:
     device: str = "auto"
     threads: int = 1
     preset: str = "tiny"
-    workers: int = 1  # processes that train variants side by side
-    variants: tuple[str, ...] = ("moe", "dense", "dense_time", "plain", "gru", "dlinear")
+    workers: int = 1  # processes that train variants side by side, from both ends of the list
+    variants: tuple[str, ...] = ("moe", "gru", "dlinear", "plain", "dense_time", "dense")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
