@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from scipy import stats
 
 from trajbook.apps.cli import main
@@ -207,6 +208,14 @@ def test_a_file_is_continued_and_the_table_can_be_continued_again(runs, tmp_path
     again = read_file(out)
     assert again[0]["position"].shape == (40, 3)
     assert main(["forecast", run, str(out), "--out", str(tmp_path / "more.safetensors")]) == 0
+    sure = ["--quantiles", "0.05", "0.95", "--out"]
+    assert main(["forecast", run, str(table), *sure, str(tmp_path / "sure.safetensors")]) == 0
+    found = load_file(tmp_path / "sure.safetensors")
+    assert (found["quantile_0.05"] < found["mean"]).all()
+    assert (found["mean"] < found["quantile_0.95"]).all()
+    capsys.readouterr()
+    assert main(["forecast", run, str(table), "--quantiles", "95", "--out", str(out)]) == 2
+    assert "quantiles = 95.0 is not possible: it must be between 0 and 1" in capsys.readouterr().err
     flat = tmp_path / "flat.csv"
     flat.write_text("\n".join(["x_m,y_m", *("0,1" for _ in range(20))]))
     assert main(["forecast", run, str(flat), "--out", str(out)]) == 2

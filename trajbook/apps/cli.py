@@ -8,13 +8,13 @@ __all__ = ['Method', 'Pairs', 'RunName', 'Runs', 'Data', 'Device', 'ENDINGS', 'C
            'run_row', 'summary', 'show_summary', 'list_row', 'runs_table', 'pick_run', 'stages_table', 'describe_run',
            'RunsCommand', 'evaluate_again', 'EvalCommand', 'ConfigCommand', 'import_or_explain', 'preset_runs',
            'CompareCommand', 'PublishCommand', 'BenchCommand', 'method_word', 'read_trajectories', 'check_ending',
-           'write_vectors', 'EmbedCommand', 'write_forecast', 'rate_warnings', 'ForecastCommand', 'ServeCommand',
-           'DeployCommand', 'finished_run', 'DemoCommand', 'Finding', 'examine', 'requirements', 'examine_requirement',
-           'try_physics', 'try_rendering', 'try_python', 'try_gpu', 'try_program', 'try_folder', 'try_method',
-           'diagnose', 'DoctorCommand', 'VersionCommand', 'dotted_as_set', 'repeat_option', 'sentence', 'show_examples',
-           'run_words', 'parse', 'report', 'main']
+           'write_vectors', 'EmbedCommand', 'quantiles_of', 'write_forecast', 'rate_warnings', 'ForecastCommand',
+           'ServeCommand', 'DeployCommand', 'finished_run', 'DemoCommand', 'Finding', 'examine', 'requirements',
+           'examine_requirement', 'try_physics', 'try_rendering', 'try_python', 'try_gpu', 'try_program', 'try_folder',
+           'try_method', 'diagnose', 'DoctorCommand', 'VersionCommand', 'dotted_as_set', 'repeat_option', 'sentence',
+           'show_examples', 'run_words', 'parse', 'report', 'main']
 
-# %% ../../nbs/apps/64_cli.ipynb #dca84f08
+# %% ../../nbs/apps/64_cli.ipynb #5cfff869
 import contextlib
 import importlib
 import importlib.metadata
@@ -36,6 +36,7 @@ from collections.abc import Callable, Mapping, Sequence
 from configparser import ConfigParser
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
+from itertools import product
 from operator import or_
 from pathlib import Path
 from types import ModuleType
@@ -44,7 +45,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg, subcommand
 
-from ..config import code_hash, load_method, methods, nearest, resolve, to_dict
+from ..config import code_hash, load_method, methods, nearest, require, resolve, to_dict
 from ..core import TrajbookError, atomic_write, lock, root, runs_dir
 from trajbook.run import (
     Job,
@@ -538,18 +539,34 @@ class EmbedCommand(Command):
         said = ", ".join(f"{k} {tuple(v)}" for k, v in shapes.items())
         self.show(f"{said} written to {out}", {"file": str(out), "shapes": shapes})
 
-# %% ../../nbs/apps/64_cli.ipynb #d1c8e2c1
+# %% ../../nbs/apps/64_cli.ipynb #4b55d903
+def quantiles_of(
+    found: Mapping[str, Any],  # mean (N, H, D) and scale (N, H), m; dof (1,)
+    levels: Sequence[float],  # Each between 0 and 1
+) -> dict[str, Any]:  # {"quantile_0.9": (N, H, D), m, …}
+    "Quantiles of every coordinate of a Student-t forecast."
+    from scipy.stats import t
+
+    for q in levels:
+        require(0 < q < 1, "quantiles", q, "between 0 and 1")
+    mean, scale, dof = found["mean"], found["scale"][..., None], float(found["dof"][0])
+    return {f"quantile_{q:g}": mean + t.ppf(q, dof) * scale for q in levels}
+
+# %% ../../nbs/apps/64_cli.ipynb #d510e42c
 def write_forecast(
     path: Path,  # .csv
-    found: Mapping[str, Any],  # mean (N, H, D) and scale (N, H), m; dof (1,)
+    found: Mapping[str, Any],  # mean, quantile_… (N, H, D) and scale (N, H), m; dof (1,)
 ) -> None:
-    "Write forecasts as rows of episode, step, coordinates, scale and degrees of freedom."
+    "Write forecasts as rows of episode, step, coordinates, scale, degrees of freedom, quantiles."
     mean, scale, dof = found["mean"], found["scale"], float(found["dof"][0])
     axes = [f"{'xyz'[d]}_m" if d < 3 else f"axis_{d + 1}_m" for d in range(mean.shape[2])]
-    lines = [",".join(("episode", "step", *axes, "scale", "dof"))]
-    for e, (path_e, scale_e) in enumerate(zip(mean, scale, strict=True)):
-        for h, (x, s) in enumerate(zip(path_e, scale_e, strict=True), 1):
-            lines.append(",".join(map(repr, (e, h, *map(float, x), float(s), dof))))
+    levels = [k for k in found if k.startswith("quantile_")]
+    more = [f"{axis}_{k}" for k in levels for axis in axes]
+    lines = [",".join(("episode", "step", *axes, "scale", "dof", *more))]
+    for e, h in product(range(mean.shape[0]), range(mean.shape[1])):
+        wide = [float(v) for k in levels for v in found[k][e, h]]
+        row = (e, h + 1, *map(float, mean[e, h]), float(scale[e, h]), dof, *wide)
+        lines.append(",".join(map(repr, row)))
     atomic_write(path, "\n".join(lines) + "\n")
 
 # %% ../../nbs/apps/64_cli.ipynb #ade5e147
@@ -580,15 +597,19 @@ def rate_warnings(
         )
     return found
 
-# %% ../../nbs/apps/64_cli.ipynb #190b4e1f
+# %% ../../nbs/apps/64_cli.ipynb #f442c5bf
 @dataclass(frozen=True)
 class ForecastCommand(Command):
     "Foretell trajectories with a trained model."
 
-    EXAMPLES = ("trajbook forecast moe/small my_motions.csv --horizon 50 --out futures.csv",)
+    EXAMPLES = (
+        "trajbook forecast moe/small my_motions.csv --horizon 50 --out futures.csv",
+        "trajbook forecast moe/small my_motions.csv --quantiles 0.05 0.95 --out futures.csv",
+    )
     run: Positional[RunName]  # latest, METHOD, METHOD/NAME, METHOD/NAME/seed-K or a path
     data: Positional[Data]  # Dataset folder, or a CSV, Parquet or NumPy file
     horizon: int = 0  # Samples to come, 0 = as the model was trained
+    quantiles: tuple[float, ...] = ()  # Of every coordinate, for example 0.05 0.95
     out: str = "forecast.safetensors"  # .npy (means only), .csv (a row per step) or .safetensors
     checkpoint: str = ""  # Such as moe/best
     device: Device = "auto"
@@ -606,6 +627,7 @@ class ForecastCommand(Command):
         for text in warned:
             print(f"warning: {self.data} has {text}", file=sys.stderr)
         found = foretell(load(folder, device=pick_device(self.device)), data, self.horizon or None)
+        found |= quantiles_of(found, self.quantiles)
         if out.suffix == ".csv":
             arrays = dict(found)
             write_forecast(out, found)

@@ -15,7 +15,7 @@ __all__ = ['Parameters', 'REGISTER', 'PARAMETERS', 'TURN', 'GRAVITY', 'TASK_S', 
            'ModelConfig', 'LossConfig', 'EvaluateConfig', 'VariantConfig', 'MoEConfig', 'variant', 'sized',
            'swept_area_ratio', 'euler_gap_m', 'run_stage', 'load_data', 'read_file']
 
-# %% ../../nbs/moe/30_data.ipynb #d647291d
+# %% ../../nbs/moe/30_data.ipynb #31769107
 import importlib
 import os
 import re
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.polynomial.polynomial import polyval
 
 from ..config import Method, TrainConfig, nearest, override, require
 from ..core import TrajbookError, rng
@@ -386,7 +387,7 @@ def eight_curve(n: int = 128) -> np.ndarray:  # (12, n) positions and velocities
     span = (0, EIGHT_PERIOD)
     return solve_ivp(three_bodies, span, EIGHT_START, "DOP853", when, rtol=1e-11, atol=1e-11).y
 
-# %% ../../nbs/moe/30_data.ipynb #403f37ad
+# %% ../../nbs/moe/30_data.ipynb #43f96962
 @family(
     "figure_eight", size_m=(0.5, 2.0), period_s=(0.8, 2.0), phase=(0.0, 1.0),
     inclination_rad=(0.0, np.pi), node_rad=TURN, periapsis_rad=TURN,
@@ -396,10 +397,10 @@ def figure_eight(p: Parameters, time_s: np.ndarray) -> np.ndarray:
     wave = np.fft.rfft(eight_curve()[:2]) / eight_curve().shape[1]  # (2, K)
     wave[:, 1:] *= 2
     wave = wave[:, :40]  # what follows is below 1e-9
-    turns = (time_s / p["period_s"] + p["phase"])[..., None] * np.arange(wave.shape[1])
-    flat = (np.exp(2j * np.pi * turns) @ wave.T).real  # (n, T, 2)
+    spin = np.exp(2j * np.pi * (time_s / p["period_s"] + p["phase"]))
+    x, y = polyval(spin, wave.T).real[..., None]  # (n, T, 1) each; powers of spin: a Fourier series
     ahead, beside = orbital_axes(p)
-    return p["size_m"][..., None] * (flat[..., :1] * ahead + flat[..., 1:] * beside)
+    return p["size_m"][..., None] * (x * ahead + y * beside)
 
 # %% ../../nbs/moe/30_data.ipynb #309ffa8b
 FAMILIES = ("helix", "orbit", "lissajous", "lorenz", "robot")
@@ -877,7 +878,7 @@ QUICK = EvaluateConfig(
     ar_ridges=(1e-14, 1e-4),
 )  # fmt: skip
 
-# %% ../../nbs/moe/30_data.ipynb #b34c2dd6
+# %% ../../nbs/moe/30_data.ipynb #5cb0ab3b
 PRESETS = {
     "tiny": MoEConfig(
         data=DataConfig(n_val=60, n_test=120),
@@ -888,7 +889,7 @@ PRESETS = {
     "small": MoEConfig(
         preset="small", workers=2,
         model=sized(2, 4, 64, 128, 4),
-        train=TrainConfig(steps=4500, batch_size=64, lr=2e-3, precision="fp32", **STEPS),
+        train=TrainConfig(steps=4200, batch_size=64, lr=2e-3, precision="fp32", **STEPS),
     ),
     "full": MoEConfig(
         preset="full", workers=4,
