@@ -779,7 +779,7 @@ class EvaluateConfig:
             f"at least {most}, the largest of best_of",
         )
 
-# %% ../../nbs/moe/30_data.ipynb #727ec2e3
+# %% ../../nbs/moe/30_data.ipynb #73769a20
 @dataclass(frozen=True)
 class VariantConfig:
     "One network and how it is trained."
@@ -798,7 +798,7 @@ VARIANTS = {  # name: (what it changes, steps relative to the mixture's, what fo
     "moe": ({}, 1.0, "the mixture of experts"),
     "dense": (DENSE, 1.0, "equal active parameters, equal steps"),
     "dense_time": (DENSE, 1.1, "equal active parameters, equal time"),
-    "gru": (PLAIN | {"model.architecture": "gru"}, 2.6, "recurrent, alone, equal time"),
+    "gru": (PLAIN | {"model.architecture": "gru"}, 2.4, "recurrent, alone, equal time"),
     "dlinear": (PLAIN | {"model.architecture": "dlinear"}, 1.0, "one linear layer (Zeng 2023)"),
     "plain": (PLAIN, 1.0, "the mixture without classical candidates"),
     "random_router": (UNROUTED, 1.0, "experts by place in the window, not by content"),
@@ -814,7 +814,7 @@ VARIANTS = {  # name: (what it changes, steps relative to the mixture's, what fo
     "no_own": ({"loss.own": 0.0}, 1.0, "the own forecast is judged only in company"),
     "no_rotation": ({"augment.rotate": False}, 1.0, "motions only as they are made"),
     "mse": ({"loss.objective": "mse"}, 1.0, "squared error instead of distance"),
-    "patch_1": ({"model.patch": 1}, 0.19, "a token per sample, equal time"),
+    "patch_1": ({"model.patch": 1}, 0.18, "a token per sample, equal time"),
 }
 
 # %% ../../nbs/moe/30_data.ipynb #83ce2b14
