@@ -55,11 +55,8 @@ def test_killed_run_resumes_to_the_same_bytes(project):
     assert info["stages"]["train"]["status"] == "running"
     code, out, err = project.call("run", "toy", "--name", "killed", "--resume", *SLOW)
     assert code == 0, err
-    assert [line.split()[1:2] for line in err.splitlines()] == [
-        ["data"],
-        ["train"],
-        ["evaluate"],
-    ], err
+    told = [line.split()[1] for line in err.splitlines() if line.startswith("toy/")]
+    assert told == ["data", "train", "evaluate"] and "Traceback" not in err, err
     assert "data       done before" in err
     assert "evaluate.error" in out and str(project.folder("killed")) in out
     info = read_json(project.folder("killed") / "run.json")

@@ -8,11 +8,11 @@ __all__ = ['Method', 'Pairs', 'RunName', 'Runs', 'Data', 'Device', 'ENDINGS', 'C
            'run_row', 'summary', 'show_summary', 'list_row', 'runs_table', 'pick_run', 'stages_table', 'describe_run',
            'RunsCommand', 'evaluate_again', 'EvalCommand', 'ConfigCommand', 'import_or_explain', 'preset_runs',
            'CompareCommand', 'PublishCommand', 'BenchCommand', 'method_word', 'read_trajectories', 'check_ending',
-           'write_vectors', 'EmbedCommand', 'quantiles_of', 'write_forecast', 'rate_warnings', 'ForecastCommand',
-           'ServeCommand', 'DeployCommand', 'finished_run', 'DemoCommand', 'Finding', 'examine', 'requirements',
-           'examine_requirement', 'try_physics', 'try_rendering', 'try_python', 'try_gpu', 'try_program', 'try_folder',
-           'try_method', 'diagnose', 'DoctorCommand', 'VersionCommand', 'dotted_as_set', 'repeat_option', 'sentence',
-           'show_examples', 'run_words', 'parse', 'report', 'main']
+           'write_vectors', 'EmbedCommand', 'quantiles_of', 'write_forecast', 'rate_warnings', 'warn_of_rate',
+           'store_forecast', 'ForecastCommand', 'ServeCommand', 'DeployCommand', 'finished_run', 'DemoCommand',
+           'Finding', 'examine', 'requirements', 'examine_requirement', 'try_physics', 'try_rendering', 'try_python',
+           'try_gpu', 'try_program', 'try_folder', 'try_method', 'diagnose', 'DoctorCommand', 'VersionCommand',
+           'dotted_as_set', 'repeat_option', 'sentence', 'show_examples', 'run_words', 'parse', 'report', 'main']
 
 # %% ../../nbs/apps/64_cli.ipynb #5cfff869
 import contextlib
@@ -597,7 +597,29 @@ def rate_warnings(
         )
     return found
 
-# %% ../../nbs/apps/64_cli.ipynb #f442c5bf
+# %% ../../nbs/apps/64_cli.ipynb #552d19a9
+def warn_of_rate(path: Path, folder: Path) -> None:
+    "Say on standard error what the times of a file have against a checkpoint's rate."
+    rate = (
+        import_or_explain("trajbook.checkpoint")
+        .read_header(folder)["extra"]
+        .get("sampling_rate_hz")
+    )
+    if rate and path.suffix == ".csv":
+        for text in rate_warnings(path, rate):
+            print(f"warning: {path} has {text}", file=sys.stderr)
+
+
+def store_forecast(path: Path, found: Mapping) -> dict[str, list[int]]:  # Shape of what was stored
+    "Write a forecast in the format of the file's ending."
+    arrays = {"mean": found["mean"]} if path.suffix == ".npy" else dict(found)
+    if path.suffix == ".csv":
+        write_forecast(path, found)
+    else:
+        write_vectors(path, arrays)
+    return {k: list(v.shape) for k, v in arrays.items()}
+
+# %% ../../nbs/apps/64_cli.ipynb #b750d54d
 @dataclass(frozen=True)
 class ForecastCommand(Command):
     "Foretell trajectories with a trained model."
@@ -619,22 +641,10 @@ class ForecastCommand(Command):
         foretell = method_word(run.method, "model", "foretell")
         name = self.checkpoint or method_word(run.method, "model", "DEFAULT_CHECKPOINT")
         folder, data = run.checkpoint(name), read_trajectories(run.method, Path(self.data))
-        load, read_header = (
-            getattr(import_or_explain("trajbook.checkpoint"), n) for n in ("load", "read_header")
-        )
-        rate = read_header(folder)["extra"].get("sampling_rate_hz")
-        warned = rate_warnings(Path(self.data), rate) if rate and self.data.endswith(".csv") else []
-        for text in warned:
-            print(f"warning: {self.data} has {text}", file=sys.stderr)
+        warn_of_rate(Path(self.data), folder)
+        load = import_or_explain("trajbook.checkpoint").load
         found = foretell(load(folder, device=pick_device(self.device)), data, self.horizon or None)
-        found |= quantiles_of(found, self.quantiles)
-        if out.suffix == ".csv":
-            arrays = dict(found)
-            write_forecast(out, found)
-        else:
-            arrays = found if out.suffix == ".safetensors" else {"mean": found["mean"]}
-            write_vectors(out, arrays)
-        shapes = {k: list(v.shape) for k, v in arrays.items()}
+        shapes = store_forecast(out, found | quantiles_of(found, self.quantiles))
         said = ", ".join(f"{k} {tuple(v)}" for k, v in shapes.items())
         self.show(f"{said} written to {out}", {"file": str(out), "shapes": shapes})
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FORMATS', 'START', 'APP', 'PACKAGES', 'DOCKERFILE', 'COVERAGE', 'Program', 'export_program', 'measure_formats',
            'requirements', 'card_facts', 'card_measured', 'model_card', 'golden_case', 'distribution', 'manifest_of',
-           'fill', 'deploy']
+           'own_run', 'fill', 'deploy']
 
-# %% ../../nbs/apps/63_deploy.ipynb #a994ad2a
+# %% ../../nbs/apps/63_deploy.ipynb #9100717e
 import copy
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ import trajbook
 from .serve import find_checkpoint
 from ..checkpoint import load, read_header
 from ..core import TrajbookError, atomic_folder, rng, runs_dir, sha256_file, write_json
-from ..moe.data import ModelConfig
+from ..moe.data import DataConfig, ModelConfig, make_motions
 from ..nn import Linear, count_parameters, cpu_time, one_thread
 from ..run import RunReader, metric_table, now, versions
 
@@ -44,7 +44,10 @@ class Program(nn.Module):
         mean = out.mean.double() * size + out.window.center
         return mean, out.log_scale.double().exp() * size[..., 0]
 
-# %% ../../nbs/apps/63_deploy.ipynb #ddb45100
+# %% ../../nbs/apps/63_deploy.ipynb #d61e4f1a
+FORMATS = {"fp32": False, "bf16": True}
+
+
 def export_program(
     model: nn.Module,  # MoEForecaster, in evaluation mode
     bf16: bool = False,
@@ -63,20 +66,17 @@ def export_program(
             dynamic_shapes=(free, free),
         )  # fmt: skip
 
-# %% ../../nbs/apps/63_deploy.ipynb #b2ac5957
-FORMATS = {"fp32": False, "bf16": True}
-
-
+# %% ../../nbs/apps/63_deploy.ipynb #d8f50a36
 def measure_formats(
     model: nn.Module,  # MoEForecaster
     programs: Mapping[str, nn.Module],  # Format to exported program
-    windows: int = 64,
+    windows: int = 65,
 ) -> dict[str, dict[str, float]]:  # Format to its numbers
     "Processor time of a request, and the difference from the model in float32."
-    config, found = model.config, {}
-    shape = windows, config.context, config.dims
-    x = torch.from_numpy(rng(0, "deploy", "formats").normal(size=shape).cumsum(1))
-    n = torch.full((windows,), config.context)
+    config, found, names = model.config, {}, DataConfig().families
+    which, time_s = np.arange(windows) % len(names), 0.01 * np.arange(config.context)
+    made = make_motions(names, which, time_s, config.dims, rng(0, "deploy", "formats"))
+    x, n = torch.from_numpy(made.position), torch.full((windows,), config.context)
     with torch.no_grad(), one_thread():
         exact, scale = Program(model)(x, n)
         for name, program in programs.items():
@@ -85,6 +85,7 @@ def measure_formats(
                 "ms_per_request": 1e3 * cpu_time(lambda p=program: p(x[:1], n[:1]), 9),
                 "difference_m": float(away.mean()),
                 "difference_per_scale": float((away / scale).median()),
+                "steps_beyond_scale": float((away > scale).double().mean()),
             }
     return found
 
@@ -210,11 +211,10 @@ class Model:
         return ""
 """
 
-# %% ../../nbs/apps/63_deploy.ipynb #d9452ff1
+# %% ../../nbs/apps/63_deploy.ipynb #87fbea52
 APP += """
 
-def make_app(model, manifest, api_key=""):
-    app = FastAPI(title=manifest["name"], version=manifest["trajbook"], docs_url=None, redoc_url=None)
+def add_guards(app):
     waiting = 0
 
     @app.exception_handler(RequestValidationError)
@@ -239,6 +239,14 @@ def make_app(model, manifest, api_key=""):
             return await call_next(request)
         finally:
             waiting -= 1
+"""
+
+# %% ../../nbs/apps/63_deploy.ipynb #2a3158ca
+APP += """
+
+def make_app(model, manifest, api_key=""):
+    app = FastAPI(title=manifest["name"], version=manifest["trajbook"], docs_url=None, redoc_url=None)
+    add_guards(app)
 
     def allowed(x_api_key: Annotated[str, Header()] = ""):
         if api_key and not hmac.compare_digest(x_api_key.encode(), api_key.encode()):
@@ -280,7 +288,7 @@ def requirements() -> str:
 
     return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in PACKAGES)
 
-# %% ../../nbs/apps/63_deploy.ipynb #2ab8831d
+# %% ../../nbs/apps/63_deploy.ipynb #48f59119
 def card_facts(name: str, header: Mapping, size: int) -> list[str]:
     "What the model is and what it was trained on."
     extra, seen, to_come = header["extra"], header["inputs"]["position"], header["outputs"]["mean"]
@@ -306,7 +314,11 @@ def card_measured(formats: Mapping, run: RunReader | None) -> list[str]:
     lines = ["", "## Number formats"]
     for k, v in formats.items():
         cost = f"{v['ms_per_request']:.2f} ms of one thread per request"
-        lines += [f"- {k}: {cost}, median difference {v['difference_per_scale']:.1e} of the scale"]
+        lines += [
+            f"- {k}: {cost}; on motions without noise a median difference of "
+            f"{v['difference_per_scale']:.1e} of the scale, more than the scale at "
+            f"{v['steps_beyond_scale']:.0%} of the steps"
+        ]
     if run is None or not run.path("results.json").exists():
         return lines
     keys = ("error.noisy.mean.*", "error.held_out_families.mean.*", *COVERAGE)
@@ -371,18 +383,23 @@ def manifest_of(
         "sha256": {p.name: sha256_file(p) for p in files},
     }  # fmt: skip
 
-# %% ../../nbs/apps/63_deploy.ipynb #1bace130
+# %% ../../nbs/apps/63_deploy.ipynb #fa2e5553
+def own_run(source: Path) -> RunReader | None:
+    "The run that a checkpoint lies in."
+    around = source.resolve().parents
+    return next((RunReader(p) for p in around if (p / "run.json").exists()), None)
+
+# %% ../../nbs/apps/63_deploy.ipynb #e32fe71a
 def fill(folder: Path, name: str, source: Path, precision: str, threads: int) -> None:
     "Write all files of a deployment of the checkpoint `source`."
     header, model = read_header(source), load(source, method="moe")
-    run = next((RunReader(p) for p in source.resolve().parents if (p / "run.json").exists()), None)
     exported = {k: export_program(model, bf16) for k, bf16 in FORMATS.items()}
     formats = measure_formats(model, {k: v.module() for k, v in exported.items()})
     torch.export.save(exported[precision], folder / "model.pt2")
     tolerance = {"rtol": 0.05, "atol": 0.05} if precision == "bf16" else {}
     write_json(folder / "golden.json", golden_case(model) | tolerance)
     write_json(folder / "distribution.json", distribution(model))
-    card = model_card(name, header, formats, run, count_parameters(model))
+    card = model_card(name, header, formats, own_run(source), count_parameters(model))
     files = {"start_server.py": START, "app.py": APP, "requirements.txt": requirements()}
     for file, text in (files | {"Dockerfile": DOCKERFILE, "MODEL_CARD.md": card}).items():
         (folder / file).write_text(text, encoding="utf-8")

@@ -117,12 +117,12 @@ def load_named(
     except (ImportError, AttributeError, ValueError) as e:
         raise TrajbookError(f"{what} {name!r} cannot be found: {e}") from None
 
-# %% ../../nbs/moe/30_data.ipynb #229bbbbc
+# %% ../../nbs/moe/30_data.ipynb #aceb435d
 def short_name(name: str) -> str:
     "A family's name without its module."
     return name.rpartition(":")[2]
 
-
+# %% ../../nbs/moe/30_data.ipynb #31cf90d2
 def load_family(
     name: str,  # Registered name, or "package.module:name"
 ) -> Family:
@@ -136,7 +136,7 @@ def load_family(
         raise TrajbookError(f"{name!r} is a {type(found).__name__}, not a family of motions")
     return found
 
-# %% ../../nbs/moe/30_data.ipynb #c0a27083
+# %% ../../nbs/moe/30_data.ipynb #342a3921
 TURN = (0.0, 2 * np.pi)
 
 
@@ -148,7 +148,7 @@ def axis_distance(
     "Distance from the z axis."
     return np.hypot(position[..., 0], position[..., 1])
 
-
+# %% ../../nbs/moe/30_data.ipynb #99f9d4e3
 @family(
     "helix", {"radius_m": (3.0, 4.0), "turns_per_s": (3.75, 5.0)}, axis_distance, ("hand",),
     radius_m=(1.0, 3.0), pitch_m=(0.2, 1.0), turns_per_s=(1.25, 3.75), phase_rad=TURN,
@@ -161,7 +161,7 @@ def helix(p: Parameters, time_s: np.ndarray) -> np.ndarray:
     y = np.where(p["hand"] < 0, -1.0, 1.0) * np.sin(angle)
     return np.stack([p["radius_m"] * np.cos(angle), p["radius_m"] * y, p["pitch_m"] * turned], -1)
 
-# %% ../../nbs/moe/30_data.ipynb #0f3abc8c
+# %% ../../nbs/moe/30_data.ipynb #3dd131ca
 def central_velocity(
     position: np.ndarray,  # (..., T, D) m
     dt_s: float,
@@ -172,7 +172,7 @@ def central_velocity(
         12 * dt_s
     )
 
-
+# %% ../../nbs/moe/30_data.ipynb #0b0acd80
 def conserved_along(
     which: Family,
     position: np.ndarray,  # (n, T, 3) m
@@ -230,7 +230,7 @@ def orbit(p: Parameters, time_s: np.ndarray) -> np.ndarray:
     along, across = a * (np.cos(E) - e), a * np.sqrt(1 - e**2) * np.sin(E)
     return along[..., None] * ahead + across[..., None] * beside
 
-# %% ../../nbs/moe/30_data.ipynb #f2eb11d2
+# %% ../../nbs/moe/30_data.ipynb #955e1fbb
 def lissajous_rates(p: Parameters) -> np.ndarray:  # (n, 1, 3) rad/s
     "Angular frequency of each axis."
     ratio = np.stack([np.ones_like(p["ratio_y"]), p["ratio_y"], p["ratio_z"]], -1)
@@ -241,7 +241,7 @@ def harmonic_energy(position: np.ndarray, velocity: np.ndarray, p: Parameters) -
     "Sum over the axes of speed² + (rate × position)², (n, T) m^2/s^2: twice the energy per mass."
     return (velocity**2 + (lissajous_rates(p) * position) ** 2).sum(-1)
 
-
+# %% ../../nbs/moe/30_data.ipynb #17cf2df7
 @family(
     "lissajous", {"ratio_y": (3.0, 4.0), "ratio_z": (3.0, 4.0)}, harmonic_energy,
     amplitude_m=(0.5, 2.0, 3), base_hz=(0.5, 1.0), ratio_y=(1.0, 3.0), ratio_z=(1.0, 3.0),
@@ -362,7 +362,7 @@ def thomas(p: Parameters, time_s: np.ndarray) -> np.ndarray:
     slope = lambda x: thomas_slope(x, b)  # noqa: E731
     return on_attractor(slope, p["start"][:, 0].T, time_s, per_s=8.0, step=0.05, burn_in=60.0)
 
-# %% ../../nbs/moe/30_data.ipynb #d8eca503
+# %% ../../nbs/moe/30_data.ipynb #6b487fdb
 EIGHT_PERIOD = 6.32591398
 EIGHT_START = np.array([
     0.97000436, -0.24308753, -0.97000436, 0.24308753, 0.0, 0.0,  # positions of the three bodies
@@ -377,7 +377,7 @@ def three_bodies(_: float, state: np.ndarray) -> np.ndarray:  # (12,)
     pull = gap / (np.linalg.norm(gap, axis=-1)[..., None] ** 3 + np.eye(3)[..., None])
     return np.concatenate([state[6:], pull.sum(1).ravel()])
 
-
+# %% ../../nbs/moe/30_data.ipynb #55037c8f
 @lru_cache(maxsize=1)
 def eight_curve(n: int = 128) -> np.ndarray:  # (12, n) positions and velocities over one period
     "One period of the figure of eight."
@@ -503,7 +503,7 @@ def context_rms(
     away = context - context.mean(1, keepdims=True)
     return np.sqrt((away**2).mean((1, 2), keepdims=True))
 
-# %% ../../nbs/moe/30_data.ipynb #d3d40cf0
+# %% ../../nbs/moe/30_data.ipynb #5538ccc5
 SPLITS = ("val", "test", "held_out_parameters", "held_out_families")
 
 
@@ -516,7 +516,7 @@ def split_families(
     some = split == "held_out_parameters"
     return names, [k for k, n in enumerate(names) if load_family(n).held_out or not some]
 
-
+# %% ../../nbs/moe/30_data.ipynb #45b197cd
 def split_motions(
     cfg: DataConfig,
     split: str,  # One of SPLITS
@@ -779,7 +779,7 @@ class EvaluateConfig:
             f"at least {most}, the largest of best_of",
         )
 
-# %% ../../nbs/moe/30_data.ipynb #73769a20
+# %% ../../nbs/moe/30_data.ipynb #ff930993
 @dataclass(frozen=True)
 class VariantConfig:
     "One network and how it is trained."
@@ -789,7 +789,7 @@ class VariantConfig:
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
 
-
+# %% ../../nbs/moe/30_data.ipynb #afcacd12
 DENSE = {"model.router": "dense"}
 PLAIN = {"model.candidates": ()}
 UNBALANCED = {"loss.load_balance": 0.0}
@@ -960,7 +960,7 @@ METHOD = Method(
     },
 )
 
-# %% ../../nbs/moe/30_data.ipynb #09f6aedf
+# %% ../../nbs/moe/30_data.ipynb #7002b951
 def swept_area_ratio(eccentricity: float = 0.6) -> float:
     "Largest over smallest area that the document's planet sweeps in equal times; Kepler says 1."
     angle = np.linspace(0, 2 * np.pi, 721)
@@ -969,7 +969,7 @@ def swept_area_ratio(eccentricity: float = 0.6) -> float:
     area = np.abs(x[:-1] * y[1:] - y[:-1] * x[1:])
     return float(area.max() / area.min())
 
-
+# %% ../../nbs/moe/30_data.ipynb #e9428bb3
 def euler_gap_m(samples: int = 160, n: int = 50) -> float:
     "Median distance, at the end of a window, between Euler steps of 0.005 and the Lorenz equations."
     p = lorenz.parameters(rng(0, "euler").random((n, lorenz.n_parameters)))

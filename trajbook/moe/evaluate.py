@@ -107,7 +107,7 @@ def cases_of(
     kind = (labels["family"] - shift, names, labels["unit"], out, 1 / cfg.sampling_rate_hz)
     return Cases(seen, position[:, :C], position[:, C:], *kind)
 
-# %% ../../nbs/moe/33_evaluate.ipynb #5358d242
+# %% ../../nbs/moe/33_evaluate.ipynb #4c378c95
 class Metric(NamedTuple):
     "A number per window."
 
@@ -129,7 +129,7 @@ def metric(name: str, unit: str, better: str | None = "lower", over: str = "mean
 
     return register
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #7155676f
 def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # (..., T, D) -> (...)
     "Mean distance over time."
     return np.linalg.norm(a - b, axis=-1).mean(-1)
@@ -140,7 +140,7 @@ def error(cases: Cases, mean: np.ndarray) -> np.ndarray:
     "Mean distance over the horizon by the spread of the clean context."
     return distance(mean, cases.future) / cases.spread
 
-# %% ../../nbs/moe/33_evaluate.ipynb #097c4e51
+# %% ../../nbs/moe/33_evaluate.ipynb #84c18836
 def going_on(cases: Cases, path: np.ndarray, samples: int) -> np.ndarray:  # (n, samples + H, D)
     "A path with the last clean samples of the context before it, to take differences."
     return np.concatenate([cases.context[:, -samples:], path], 1)
@@ -151,7 +151,7 @@ def position_error(cases: Cases, mean: np.ndarray) -> np.ndarray:
     "Mean distance."
     return distance(mean, cases.future)
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #6ddfd097
 @metric("velocity_error", "m/s")
 def velocity_error(cases: Cases, mean: np.ndarray) -> np.ndarray:
     "Mean distance of the velocities."
@@ -167,21 +167,21 @@ def acceleration_error(cases: Cases, mean: np.ndarray) -> np.ndarray:
     )
     return distance(a, b)
 
-# %% ../../nbs/moe/33_evaluate.ipynb #4ef41be2
+# %% ../../nbs/moe/33_evaluate.ipynb #3780c0ed
 def curvature(path: np.ndarray, dt_s: float) -> np.ndarray:  # (n, T, D) -> (n, T - 2), 1/m
     "Curvature along a path."
     v, a = (path[:, 2:] - path[:, :-2]) / (2 * dt_s), np.diff(path, n=2, axis=1) / dt_s**2
     vv, aa, va = (v * v).sum(-1), (a * a).sum(-1), (v * a).sum(-1)
     return np.sqrt(np.maximum(vv * aa - va**2, 0)) / np.maximum(vv, 1e-12) ** 1.5
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #302cf6a6
 @metric("curvature_error", "1/m", over="median")
 def curvature_error(cases: Cases, mean: np.ndarray) -> np.ndarray:
     "Median over the horizon of the difference of the curvatures; infinite where a motion stops."
     a, b = (curvature(going_on(cases, p, 2), cases.dt_s) for p in (mean, cases.future))
     return np.median(np.abs(a - b), 1)
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #8ce57993
 @metric("path_length_error", "m")
 def path_length_error(cases: Cases, mean: np.ndarray) -> np.ndarray:
     "Difference of the lengths of the two paths."
@@ -240,7 +240,7 @@ def mae(cases: Cases, mean: np.ndarray) -> np.ndarray:
     "Mean absolute error over steps and axes."
     return np.abs(mean - cases.future).mean((1, 2))
 
-# %% ../../nbs/moe/33_evaluate.ipynb #352f731e
+# %% ../../nbs/moe/33_evaluate.ipynb #aed2b666
 def family_r2(cases: Cases, mean: np.ndarray) -> dict[str, float]:  # Family to R²
     "Explained variance per family, each window in the unit of its spread about its context."
     center, size = cases.context.mean(1, keepdims=True), cases.spread[:, None, None]
@@ -248,7 +248,7 @@ def family_r2(cases: Cases, mean: np.ndarray) -> dict[str, float]:  # Family to 
     picks = {n: cases.family == k for k, n in enumerate(cases.labels)}
     return {n: r2(y[m], p[m]) for n, m in picks.items() if m.sum() > 1}
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #d8a9f591
 def family_means(
     values: np.ndarray,  # (n,)
     cases: Cases,
@@ -421,7 +421,7 @@ def oracle_forecast(cases: Cases) -> np.ndarray:  # (n, H, D) m
         found[mine] = oracle(one, unit, cases.observed[mine], times, noise[mine], cases.held_out)
     return found
 
-# %% ../../nbs/moe/33_evaluate.ipynb #0c44dc60
+# %% ../../nbs/moe/33_evaluate.ipynb #8f40517e
 def ball_radius(
     level: float,  # Share of the probability inside
     dims: int,
@@ -430,7 +430,7 @@ def ball_radius(
     "Radius of the ball that holds a share of a multivariate t with a round scale."
     return math.sqrt(dims * stats.f.ppf(level, dims, dof))
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #d2815959
 def crps_t(
     error: np.ndarray,  # (...,) truth minus location
     scale: np.ndarray,  # (...,)
@@ -568,7 +568,7 @@ def record_coverage(run: Run, condition: str, cases: Cases, found: Forecast) -> 
     if condition == "noisy":
         run.record("evaluate.coverage_90", float(inside.mean()), "1")
 
-# %% ../../nbs/moe/33_evaluate.ipynb #c242db39
+# %% ../../nbs/moe/33_evaluate.ipynb #170c5ba0
 def ruler_crps(
     cases: Cases,
     ruler: Ruler,
@@ -582,7 +582,7 @@ def ruler_crps(
     sigma = np.clip(sigma, 1e-9, limit[:, None, None])
     return crps_t(cases.future - ruler(x, H).numpy(), sigma, math.inf)
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #b4c8ae3b
 def record_crps(
     run: Run,
     condition: str,
@@ -725,20 +725,20 @@ def record_far(
         run.record(f"evaluate.far.valid_time.{name}", lasts, "Lyapunov times", "higher")
     return {k: np.median(v, 0).astype(np.float32) for k, v in away.items()}
 
-# %% ../../nbs/moe/33_evaluate.ipynb #866faa88
+# %% ../../nbs/moe/33_evaluate.ipynb #1fac3012
 def inverse_jerk(cases: Cases, mean: np.ndarray) -> float:
     "The document's smoothness: the mean of 1 / (1 + mean squared jerk)."
     jerk = np.diff(mean, n=3, axis=1) / cases.dt_s**3
     return float((1 / (1 + (jerk**2).sum(-1).mean(1))).mean())
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #5f05692c
 def kinetic_variation(cases: Cases, family: str = "orbit") -> float:
     "Largest by smallest kinetic energy along the true motions of a family, median."
     path = cases.context[cases.family == cases.names.index(family)]
     energy = (central_velocity(path, cases.dt_s) ** 2).sum(-1)
     return float(np.median(energy.max(1) / energy.min(1)))
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #cb5d05db
 def answered_noise(model: MoEForecaster, cases: Cases, seed: int) -> np.ndarray:  # (n, H, D) m
     "What comes out when random numbers are put where the input belongs."
     shape, spread = cases.observed.shape, cases.spread[:, None, None]
@@ -893,7 +893,7 @@ def keep_pictures(
     steps |= {f"far.{n}": v for n, v in far.items()}
     run.save_arrays(weight=weight.astype(np.float32), **steps, **small)
 
-# %% ../../nbs/moe/33_evaluate.ipynb #48aa43cc
+# %% ../../nbs/moe/33_evaluate.ipynb #6be68f9e
 def forecasts_in_space(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     "Truth, forecast and linear recurrence of a family's example, each with the context before it."
     path, H = arrays[f"example.{name}.path"], len(arrays[f"example.{name}.mean"])
@@ -901,7 +901,7 @@ def forecasts_in_space(arrays: Mapping[str, np.ndarray], name: str) -> dict[str,
     paths = {"truth": path, "model": np.concatenate([seen, arrays[f"example.{name}.mean"]])}
     return paths | {"ar": np.concatenate([seen, arrays[f"example.{name}.linear_ar"]])}
 
-
+# %% ../../nbs/moe/33_evaluate.ipynb #62914e2e
 def film(paths: Mapping[str, np.ndarray], context: int, file: Path, every: int = 2) -> Path:
     "An animated GIF of a forecast: the motion so far, then truth and forecasts side by side."
     from matplotlib.animation import FuncAnimation, PillowWriter

@@ -137,14 +137,14 @@ def mutual_information(
     seen = joint > 0
     return float((joint[seen] * np.log(joint[seen] / apart[seen])).sum())
 
-# %% ../../nbs/moe/34_experts.ipynb #582ea183
+# %% ../../nbs/moe/34_experts.ipynb #120cdc96
 def deal(label: np.ndarray, kind: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     "Windows dealt out among windows of the same kind."
     dealt, places = np.empty_like(label), np.argsort(kind, kind="stable")
     dealt[places] = label[np.lexsort((draw.random(len(kind)), kind))]
     return dealt
 
-
+# %% ../../nbs/moe/34_experts.ipynb #3e1f0a0d
 def information(
     first: np.ndarray,  # (n, L) chosen expert
     label: np.ndarray,  # (n, L) a property
@@ -356,12 +356,12 @@ class ExpertViewer(anywidget.AnyWidget):
         data = viewer_state(*args, **options)
         super().__init__(data=data, step=data["context"] // 2)
 
-# %% ../../nbs/moe/34_experts.ipynb #5adb6a12
+# %% ../../nbs/moe/34_experts.ipynb #869f7f24
 def usage_table(choices: Choices, family: np.ndarray, n: int, k: int) -> np.ndarray:
     "Share of the choices of each family: (layers, families, E)."
     return np.stack([(choices.gate[:, family == f] > 0).mean((1, 2)) / k for f in range(n)], 1)
 
-
+# %% ../../nbs/moe/34_experts.ipynb #cc1ff0b1
 def questions(cases: Cases, patch: int) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
     "What the choices are asked about: a property, and what is known already."
     what = properties(cases, patch)
@@ -369,7 +369,7 @@ def questions(cases: Cases, patch: int) -> dict[str, tuple[np.ndarray, np.ndarra
         "family_given_speed": (what["family"], what["speed"])
     }
 
-
+# %% ../../nbs/moe/34_experts.ipynb #3a680577
 def record_information(run: Run, name: str, choices: Choices, cases: Cases, patch: int) -> None:
     "Mutual information of the choices with every property, beside its null."
     draw, n = rng(run.cfg.data.seed, "moe", "null", name), run.cfg.evaluate.permutations
@@ -473,7 +473,7 @@ def run_stage(cfg: MoEConfig, run: Run) -> None:
             )
             keep_for_viewer(run, cases, choices, usage, table)
 
-# %% ../../nbs/moe/34_experts.ipynb #86f320e0
+# %% ../../nbs/moe/34_experts.ipynb #f9d8b67b
 def keep_for_viewer(
     run: Run, cases: Cases, choices: Choices, usage: np.ndarray, table: np.ndarray
 ) -> None:
@@ -484,7 +484,7 @@ def keep_for_viewer(
     kept = {"usage": usage.astype(np.float32), "knockout": table.astype(np.float32)}
     run.save_arrays(**kept, path=path, gate=gate, context=np.array([cases.context.shape[1]]))
 
-
+# %% ../../nbs/moe/34_experts.ipynb #06341ad1
 def viewer_of(
     arrays: Mapping[str, np.ndarray],  # Of the stage `experts`
     families: Sequence[str],

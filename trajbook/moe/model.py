@@ -69,7 +69,7 @@ def to_window(
     values = ((x - center) / scale).masked_fill(is_padding[..., None], 0.0)
     return Window(values, is_padding, center, scale)
 
-# %% ../../nbs/moe/31_model.ipynb #57fb8a95
+# %% ../../nbs/moe/31_model.ipynb #7b4557b0
 def nothing_before(window: Window) -> Window:
     "Two samples of padding."
     x = window.values
@@ -77,7 +77,7 @@ def nothing_before(window: Window) -> Window:
     gone = torch.ones(B, 2, dtype=torch.bool, device=x.device)
     return window._replace(values=x.new_zeros(B, 2, D), is_padding=gone)
 
-
+# %% ../../nbs/moe/31_model.ipynb #64be519e
 def features(
     window: Window,
     before: Window | None = None,  # The two samples before it; None = there were none
@@ -169,7 +169,7 @@ class Router(nn.Module):
         "Bring all experts back."
         self.alive[:] = True
 
-# %% ../../nbs/moe/31_model.ipynb #018a9fbf
+# %% ../../nbs/moe/31_model.ipynb #377c87b5
 def utilization(
     routing: Routing,
 ) -> Tensor:  # (E,) share of all choices, sums to 1
@@ -179,7 +179,7 @@ def utilization(
     counts.scatter_add_(0, routing.expert.flatten(), real.flatten())
     return counts / counts.sum().clamp(min=1)
 
-
+# %% ../../nbs/moe/31_model.ipynb #82806e82
 def load_balance_loss(
     routing: Routing,
 ) -> Tensor:  # () 1 = even, E = collapsed
@@ -188,7 +188,7 @@ def load_balance_loss(
     p = (routing.logits.softmax(-1) * real).sum(0) / real.sum().clamp(min=1)
     return routing.logits.shape[-1] * (utilization(routing).to(p) * p).sum()
 
-
+# %% ../../nbs/moe/31_model.ipynb #9130dd87
 def router_z_loss(
     routing: Routing,
 ) -> Tensor:  # ()

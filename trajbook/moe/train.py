@@ -40,7 +40,7 @@ from trajbook.moe.model import (
 from ..run import Run, in_jupyter, save_figure, settle, stage, time_left
 from ..train import adamw, fit, share, to_tensors, train_all
 
-# %% ../../nbs/moe/32_train.ipynb #e24c20fa
+# %% ../../nbs/moe/32_train.ipynb #bcb0ca2d
 class Targets(NamedTuple):
     "The truth, in each window's units."
 
@@ -48,7 +48,7 @@ class Targets(NamedTuple):
     own: Tensor  # (B, A, H, D) after each of the last A tokens
     asked: Tensor  # (B, A) 1 where a token has seen all samples that give the units
 
-
+# %% ../../nbs/moe/32_train.ipynb #d1640539
 def targets(
     batch: dict,  # position (B, C + H, D), observed (B, C, D), n_valid (B,)
     out: Outputs,
@@ -372,7 +372,7 @@ def fresh_model(cfg: MoEConfig, name: str) -> MoEForecaster:
         torch.manual_seed(key_to_seed(cfg.seed, "moe", name) % 2**63)
         return MoEForecaster(variant(cfg, name).model)
 
-# %% ../../nbs/moe/32_train.ipynb #a9aa7e04
+# %% ../../nbs/moe/32_train.ipynb #0ce70769
 def training_step(cfg: MoEConfig, name: str, device: str) -> Callable:
     "One step of a variant on a batch that stays the same."
     setup = variant(cfg, name)
@@ -390,7 +390,7 @@ def training_step(cfg: MoEConfig, name: str, device: str) -> Callable:
 
     return step
 
-
+# %% ../../nbs/moe/32_train.ipynb #14b43aa1
 def step_seconds(
     cfg: MoEConfig,
     names: Sequence[str],  # Variants
