@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'START', 'APP', 'PACKAGES', 'DOCKERFILE', 'COVERAGE', 'Program', 'export_program', 'measure_formats',
-           'requirements', 'card_facts', 'card_measured', 'model_card', 'golden_case', 'distribution', 'manifest_of',
-           'own_run', 'fill', 'deploy']
+           'requirements', 'own_run', 'card_facts', 'card_measured', 'model_card', 'golden_case', 'distribution',
+           'manifest_of', 'fill', 'deploy']
 
 # %% ../../nbs/apps/63_deploy.ipynb #9100717e
 import copy
@@ -288,6 +288,12 @@ def requirements() -> str:
 
     return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in PACKAGES)
 
+# %% ../../nbs/apps/63_deploy.ipynb #fa2e5553
+def own_run(source: Path) -> RunReader | None:
+    "The run that a checkpoint lies in."
+    around = source.resolve().parents
+    return next((RunReader(p) for p in around if (p / "run.json").exists()), None)
+
 # %% ../../nbs/apps/63_deploy.ipynb #48f59119
 def card_facts(name: str, header: Mapping, size: int) -> list[str]:
     "What the model is and what it was trained on."
@@ -382,12 +388,6 @@ def manifest_of(
         "checkpoint_sha256": header["sha256"], "extra": header["extra"],
         "sha256": {p.name: sha256_file(p) for p in files},
     }  # fmt: skip
-
-# %% ../../nbs/apps/63_deploy.ipynb #fa2e5553
-def own_run(source: Path) -> RunReader | None:
-    "The run that a checkpoint lies in."
-    around = source.resolve().parents
-    return next((RunReader(p) for p in around if (p / "run.json").exists()), None)
 
 # %% ../../nbs/apps/63_deploy.ipynb #e32fe71a
 def fill(folder: Path, name: str, source: Path, precision: str, threads: int) -> None:
