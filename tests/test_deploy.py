@@ -176,14 +176,14 @@ def test_odd_requests_get_a_sentence(folder):
     assert answer.status_code == 200 and np.isfinite(answer.json()["scale"]).all()
 
 
-@pytest.mark.parametrize("context", [3, 40])
-def test_a_short_context_can_be_deployed(context, tmp_path):
+@pytest.mark.parametrize(("context", "dims"), [(3, 3), (40, 1), (16, 5)])
+def test_a_model_of_another_size_can_be_deployed(context, dims, tmp_path):
     torch.manual_seed(0)
     sizes = {"d_model": 32, "n_heads": 2, "d_ff": 32, "head_width": 32}
-    model = MoEForecaster(ModelConfig(context=context, horizon=8, **sizes)).eval()
+    model = MoEForecaster(ModelConfig(context=context, horizon=8, dims=dims, **sizes)).eval()
     extra = describe(model.config)
     save_checkpoint(tmp_path / "model", model, method="moe", **extra)
-    made = deploy(tmp_path / "model", "short", tmp_path / "short")
+    made = deploy(tmp_path / "model", "other", tmp_path / "other")
     assert "as they should be" in start(made, "--check").stdout
 
 

@@ -66,7 +66,7 @@ def export_program(
             dynamic_shapes=(free, free),
         )  # fmt: skip
 
-# %% ../../nbs/apps/63_deploy.ipynb #d8f50a36
+# %% ../../nbs/apps/63_deploy.ipynb #2b0958a9
 def measure_formats(
     model: nn.Module,  # MoEForecaster
     programs: Mapping[str, nn.Module],  # Format to exported program
@@ -75,8 +75,9 @@ def measure_formats(
     "Processor time of a request, and the difference from the model in float32."
     config, found, names = model.config, {}, DataConfig().families
     which, time_s = np.arange(windows) % len(names), 0.01 * np.arange(config.context)
-    made = make_motions(names, which, time_s, config.dims, rng(0, "deploy", "formats"))
-    x, n = torch.from_numpy(made.position), torch.full((windows,), config.context)
+    made = make_motions(names, which, time_s, 3, rng(0, "deploy", "formats"))
+    path = made.position[..., np.arange(config.dims) % 3]  # a model may have any number
+    x, n = torch.from_numpy(path), torch.full((windows,), config.context)
     with torch.no_grad(), one_thread():
         exact, scale = Program(model)(x, n)
         for name, program in programs.items():
