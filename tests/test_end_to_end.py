@@ -25,8 +25,19 @@ OVERRIDES = {
         "train.steps": 10,
         "variants": ["moe", "gru"],
     },
+    "masked_diffusion": {
+        "train.save_every": 2,
+        "train.log_every": 1,
+        "train.steps": 10,
+        "variants": ["diffusion", "bc"],
+        "data.tasks": ["crossing_s9n1", "many_plans"],
+    },
 }
-MOMENTS = {"mae": ("data", "train", "evaluate"), "moe": ("train", "evaluate", "experts")}
+MOMENTS = {
+    "mae": ("data", "train", "evaluate"),
+    "moe": ("train", "evaluate", "experts"),
+    "masked_diffusion": ("train", "evaluate", "plans"),
+}
 
 
 def short(method: str) -> list[str]:
@@ -69,7 +80,7 @@ def numbers(run: Path) -> dict[str, float]:
     return {k: m["value"] for k, m in metrics.items() if not any(w in k for w in noisy)}
 
 
-@pytest.fixture(scope="module", params=["mae", "moe"])
+@pytest.fixture(scope="module", params=list(OVERRIDES))
 def method(request) -> str:
     return request.param
 

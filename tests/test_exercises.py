@@ -43,7 +43,7 @@ def test_an_exercise_is_task_starter_check_solution(path: Path):
         assert sum(isinstance(n.test.ops[0], ast.In) for n in hints) >= 2
 
 
-@pytest.mark.parametrize("method", ["mae", "moe"])
+@pytest.mark.parametrize("method", ["mae", "masked_diffusion", "moe"])
 def test_every_chapter_of_a_method_has_exercises(method):
     chapters = {p.stem for p in (root() / "nbs" / method).glob("*.ipynb")}
     assert {f"{method}_{c}" for c in chapters} <= {p.stem for p in NOTEBOOKS}
