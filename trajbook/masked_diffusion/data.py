@@ -14,7 +14,7 @@ __all__ = ['UNSEEN', 'EMPTY', 'WALL', 'FLOOR', 'DOOR', 'KEY', 'BALL', 'BOX', 'GO
            'drop_unused', 'walk', 'DataConfig', 'schema', 'TestWorlds', 'pick_worlds', 'first_worlds', 'save_worlds',
            'load_worlds', 'demonstrate', 'Made', 'make_task', 'make_data', 'ModelConfig', 'LossConfig',
            'EvaluateConfig', 'VariantConfig', 'DiffusionConfig', 'variant', 'observation_keys', 'seen_keys',
-           'run_stage', 'load_demonstrations', 'read_worlds_of', 'load_data']
+           'document_level', 'run_stage', 'load_demonstrations', 'read_worlds_of', 'load_data']
 
 # %% ../../nbs/masked_diffusion/20_data.ipynb #61bacbb1
 import contextlib
@@ -418,7 +418,7 @@ def w_path(w: Worlds, k: int, plan: Sequence[int]) -> np.ndarray:  # (2, L + 1) 
             break
     return np.array(at).T
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #838046ce
+# %% ../../nbs/masked_diffusion/20_data.ipynb #39b5bb92
 @dataclass(frozen=True)
 class Task:
     "Where worlds come from, and what a plan in them looks like."
@@ -432,6 +432,7 @@ class Task:
     longest: int = 99  # steps; worlds that need more are left out
     min_plans: int = 1  # shortest plans that a test world must have
     episodes: float = 1.0  # demonstrations, relative to other tasks
+    share: float = 1.0  # of the training batches, relative to other tasks
     bot: str = ""  # level of MiniGrid that its own bot can play
 
 # %% ../../nbs/masked_diffusion/20_data.ipynb #9097d369
@@ -527,7 +528,7 @@ def corridor(
 
     return make
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #f0bb67ad
+# %% ../../nbs/masked_diffusion/20_data.ipynb #edd40ecf
 HANDS = (LEFT, RIGHT, FORWARD, PICK_UP, DROP, TOGGLE)
 DOORS = (LEFT, RIGHT, FORWARD, TOGGLE)
 TASKS = {
@@ -536,7 +537,11 @@ TASKS = {
     "crossing_s9n1": Task(from_minigrid("MiniGrid-SimpleCrossingS9N1-v0"), "a wall with a gap"),
     "crossing_s11n5": Task(from_minigrid("MiniGrid-SimpleCrossingS11N5-v0"), "five walls"),
     "fourrooms": Task(
-        from_minigrid("MiniGrid-FourRooms-v0"), "the goal out of sight", horizon=40, episodes=3
+        from_minigrid("MiniGrid-FourRooms-v0"),
+        "the goal out of sight",
+        horizon=40,
+        episodes=3,
+        share=3,
     ),
     "lava_gap": Task(from_minigrid("MiniGrid-LavaGapS7-v0"), "one wrong step ends it"),
     "doorkey_6x6": Task(from_minigrid("MiniGrid-DoorKey-6x6-v0"), "a key first", HANDS, 24),
@@ -560,6 +565,7 @@ TASKS = {
         longest=12,
         min_plans=6,
         episodes=2,
+        share=4,
     ),
 }
 
@@ -984,10 +990,11 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #0a4dd7e4
+# %% ../../nbs/masked_diffusion/20_data.ipynb #56b393cb
 PRESETS["document"] = DiffusionConfig(
     preset="document", variants=("diffusion",),
-    data=DataConfig(tasks=("empty_fixed",), episodes=500, anywhere=0.0),
+    data=DataConfig(tasks=("empty_fixed",), episodes=500, anywhere=0.0, test=200, val=20),
+    evaluate=EvaluateConfig(steps=(1, 10, 100), execute=(1,), temperatures=(1.0,)),
     model=ModelConfig(
         horizon=49, d_model=128, n_layers=4, n_heads=4, dropout=0.1, state="pooled", time="raw",
         noise="gaussian", end=False,
@@ -1049,11 +1056,21 @@ def seen_keys(data: Trajectories, which: int) -> np.ndarray:  # Sorted, distinct
     target = np.repeat(mine.labels["target"], mine.n_steps + 1, 0)
     return np.unique(observation_keys(mine["obs"], mine["direction"], target)[acts])
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #92e1fb2e
+# %% ../../nbs/masked_diffusion/20_data.ipynb #62b3e023
+def document_level(n: int = 50, tokens: int = 49) -> dict[str, float]:
+    "Distinct starts of the document's level over n seeds, and the share of padding in its plans."
+    w = TASKS["empty_fixed"].make(0, n)
+    place = np.column_stack([w.position, w.direction, layout_ids(w)])
+    length = all_shortest_plans(w).length
+    return {"starts": len(np.unique(place, axis=0)), "padding": float(1 - length.mean() / tokens)}
+
+# %% ../../nbs/masked_diffusion/20_data.ipynb #31a8b17c
 @stage("masked_diffusion", "data")
 def run_stage(cfg: DiffusionConfig, run: Run) -> None:
     "Search plans in all tasks, or find them in the cache."
     folder = run.share("data", cfg.data, lambda path: make_data(cfg.data, path))
+    for name, value in document_level().items():
+        run.record(f"data.document.{name}", value, "1")
     data, labels = load_demonstrations(folder), load_demonstrations(folder).labels
     for which, name in enumerate(cfg.data.tasks):
         mine, tests = labels["task"] == which, read_worlds_of(folder, name)["test"]

@@ -210,15 +210,16 @@ def counted(
     flip = rng(cfg.seed, "plans", case.name)
     return {k: [plan_counts(q, e.kl_plans, flip) for q in v] for k, v in chance.items()}
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #813272b6
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #f887156b
 ORDERS = ("random", "confidence", "left_to_right", "ancestral")
 
 
 def passes(case: Case, model: Planner, cfg: DiffusionConfig) -> list[Row]:
     "Open-loop success by number of passes and order, at temperature 1; and the time a plan takes."
     rows, length, some = [], model.config.length, case.part(cfg.evaluate.passes_worlds)
-    for k in [2**i for i in range(int(math.log2(length)) + 1)]:
-        for order in ORDERS if k > 1 else ORDERS[:1]:
+    numbers = {2**i: ORDERS for i in range(1, int(math.log2(length)) + 1)}
+    for k, orders in ({1: ORDERS[:1]} | numbers | {100: ("ancestral",)}).items():
+        for order in orders:
             draw = case.draw(cfg.seed, "passes", k, order)
             policy = planner_policy(model, Sampling(k, order), length, draw)
             start = time.process_time()
@@ -288,7 +289,7 @@ def wish_rows(case: Case, models: Mapping[str, Planner], cfg: DiffusionConfig) -
         rows.append((f"evaluate.wish.{case.name}.{name}", float(np.mean(won)), "1", "higher"))
     return rows
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #548166d6
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #a0fb9844
 SHOWN = ("random", "confidence", "left_to_right")
 
 
@@ -298,7 +299,7 @@ def traces(
     n: int = 4,  # Worlds
     seed: int = 0,
 ) -> dict[str, np.ndarray]:  # tokens and p (W, orders, K, L), and the worlds
-    "How plans of a few worlds are written in each order, one place per pass."
+    "How plans of a few worlds are written in each order, one place per pass, at temperature 0.5."
     w, at = distinct_worlds(case.tests, n)
     state = {k: torch.as_tensor(v, device=case.device) for k, v in case.see(w).items()}
     with torch.no_grad():
@@ -310,7 +311,7 @@ def traces(
         def watch(k: int, tokens: Tensor, p: Tensor, seen: list = seen) -> None:
             seen.append((tokens.cpu().numpy().astype(np.uint8), p.float().cpu().numpy()))
 
-        how = Sampling(L, order, lazy=False)
+        how = Sampling(L, order, temperature=0.5, lazy=False)
         fill_in(model, memory, blank(model, memory.task), how, case.draw(seed, order), watch)
         found.append([np.stack(part, 1) for part in zip(*seen, strict=True)])
     tokens, p = (np.stack(part, 1) for part in zip(*found, strict=True))

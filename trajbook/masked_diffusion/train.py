@@ -75,7 +75,7 @@ class PlanTable:
         found = {"obs": self.obs[at], "direction": self.direction[at]}
         return found | {"task": self.task[index], "target": self.target[index]}
 
-# %% ../../nbs/masked_diffusion/22_train.ipynb #89be1e0e
+# %% ../../nbs/masked_diffusion/22_train.ipynb #b62fb9c5
 class PlanStream:
     "Endless batches of states, plans and random numbers."
 
@@ -87,10 +87,7 @@ class PlanStream:
         tasks = table.model.tasks
         self.rows = [np.flatnonzero(table.task == k) for k in range(len(tasks))]
         often = np.array(
-            [
-                task(n).episodes ** 0.5 if len(r) else 0
-                for n, r in zip(tasks, self.rows, strict=True)
-            ]
+            [task(n).share * (len(r) > 0) for n, r in zip(tasks, self.rows, strict=True)]
         )
         self.often = often / often.sum()
 
