@@ -1,13 +1,9 @@
 """The plan writer in a real browser, without Python and without any other host."""
 
-import functools
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
 import numpy as np
 import pytest
 import torch
-from test_widgets import CHROMIUM, browser, page  # noqa: F401
+from test_widgets import CHROMIUM, browser, page, serve  # noqa: F401
 
 from trajbook.core import TrajbookError
 from trajbook.masked_diffusion.data import (
@@ -35,22 +31,6 @@ def found() -> dict:
     return traces(Case("many_plans", 0, tests, tests, None, 7), model, n=2)
 
 
-@pytest.fixture
-def files(tmp_path):
-    "A web server for the files of `tmp_path`."
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *args) -> None:
-            pass
-
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path))
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-
-
 def test_the_state_is_small_and_complete(found):
     state = writer_state(found, "plans")
     assert state["last"] == 16 and len(state["worlds"]) == 2
@@ -65,9 +45,9 @@ def test_the_state_is_small_and_complete(found):
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="skipped: no chromium (apt-get install chromium)")
-def test_plans_appear_without_python(page, files, found, tmp_path):  # noqa: F811
+def test_plans_appear_without_python(page, serve, found, tmp_path):  # noqa: F811
     save_html(PlanWriter(found, "plans"), tmp_path / "writer.html")
-    page.goto(files + "writer.html")
+    page.goto(serve + "writer.html")
     page.wait_for_function("document.querySelector('.tb canvas')?.width > 300")
     canvas = page.locator(".tb canvas")
 

@@ -1,19 +1,16 @@
 """The expert viewer and the server's page, in a real browser, without any other host."""
 
-import functools
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
-from test_widgets import CHROMIUM, browser, page  # noqa: F401
+from test_widgets import CHROMIUM, browser, page, serve  # noqa: F401
 
 from trajbook.checkpoint import save_checkpoint
 from trajbook.moe.data import FAMILIES, DataConfig, ModelConfig, make_motions
@@ -31,23 +28,7 @@ def picture(page, selector: str) -> str:  # noqa: F811
     return page.evaluate(f"document.querySelector('{selector}').toDataURL()")
 
 
-@pytest.fixture
-def files(tmp_path):
-    "A web server for the files of `tmp_path`."
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *args) -> None:
-            pass
-
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path))
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-
-
-def test_the_expert_viewer_works_without_python(page, files, tmp_path):  # noqa: F811
+def test_the_expert_viewer_works_without_python(page, serve, tmp_path):  # noqa: F811
     made = make_motions(FAMILIES, np.arange(5), DataConfig().time_s, 3, np.random.default_rng(0))
     draw = np.random.default_rng(1)
     gates = {n: draw.dirichlet(np.ones(4), (2, 16)) for n in FAMILIES}
@@ -55,7 +36,7 @@ def test_the_expert_viewer_works_without_python(page, files, tmp_path):  # noqa:
     usage = draw.dirichlet(np.ones(4), (2, 5))
     viewer = ExpertViewer(paths, gates, usage, FAMILIES, context=128, dt_s=0.01, title="experts")
     save_html(viewer, tmp_path / "viewer.html")
-    page.goto(files + "viewer.html")
+    page.goto(serve + "viewer.html")
     page.wait_for_function("document.querySelector('.tb canvas')?.width > 300")
     shown = [float(t) for t in page.locator(".tb [data-expert]").all_inner_texts()]
     token = gates["helix"][0, 8]  # the slider starts in the middle of the context
