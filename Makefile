@@ -46,7 +46,7 @@ test: setup ## clean and export change nothing, ruff, nbdev_test, pytest
 	@echo "[test] every notebook (nbdev_test)"
 	@TQDM_DISABLE=1 nbdev_test --n_workers 2 --timing
 	@echo "[test] pytest"
-	@TQDM_DISABLE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@TQDM_DISABLE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 run: setup ## make run METHOD=mae PRESET=small SEEDS=0,1,2
 	@trajbook run $(METHOD) --preset $(PRESET) --seeds $(SEEDS) $(ARGS)

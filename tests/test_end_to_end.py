@@ -49,9 +49,10 @@ def short(method: str) -> list[str]:
 
 
 def environment(folder: Path) -> dict:
-    "Runs and cache of their own, one thread, no progress bars."
+    "Runs and cache of their own, one thread, no progress bars; a process that dies says where."
     places = {"TRAJBOOK_RUNS": str(folder / "runs"), "TRAJBOOK_CACHE": str(folder / "cache")}
-    return {**os.environ, **places, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    rules = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONFAULTHANDLER": "1"}
+    return {**os.environ, **places, **rules}
 
 
 def trajbook(folder: Path, *words: str, **options) -> subprocess.CompletedProcess:
@@ -111,10 +112,11 @@ def test_papermill_by_hand_gives_the_same_weights(method, whole, tmp_path):
     overrides = json.dumps({"overrides": OVERRIDES[method]})
     source = root() / "nbs" / f"{load_method(method).notebooks['train']}.ipynb"
     words = [BIN / "papermill", source, "out.ipynb", "-p", "preset", "tiny", "-y", overrides]
+    quiet = ["--no-progress-bar", "--log-output"]  # what its processes print belongs to the failure
     done = subprocess.run(
-        [*words, "--no-progress-bar"], cwd=tmp_path, env=environment(tmp_path), capture_output=True
+        [*words, *quiet], cwd=tmp_path, env=environment(tmp_path), capture_output=True
     )
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert done.returncode == 0, done.stderr.decode()[-6000:]
     (run,) = (tmp_path / "cache" / "runs" / method).glob("tiny-*")
     assert not list(run.glob("*.lock.d"))
     by_hand = weights(run)

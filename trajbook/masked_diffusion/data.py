@@ -86,7 +86,7 @@ def handle(
     new[swings, 2] = CLOSED - state[swings]
     return new, held
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #f2c43d56
+# %% ../../nbs/masked_diffusion/20_data.ipynb #360fdcf4
 def with_cells(
     w: Worlds,
     at: np.ndarray,  # (M,) worlds whose grid changes
@@ -102,14 +102,14 @@ def with_cells(
     grid[at] = len(w.grids) + np.arange(len(at))
     return replace(w, grids=np.concatenate([w.grids, rows]), grid=grid)
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #3250fcd0
 def can_enter(cell: np.ndarray) -> np.ndarray:  # (N, 3) -> (N,)
     "Whether an agent can step onto a cell."
     kind = cell[:, 0]
     free = (kind == EMPTY) | (kind == FLOOR) | (kind == GOAL) | (kind == LAVA)
     return free | ((kind == DOOR) & (cell[:, 2] == OPEN))
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #432ffb6c
+# %% ../../nbs/masked_diffusion/20_data.ipynb #0a0acacf
 def solved(
     w: Worlds,  # After the step
     on_goal: np.ndarray,  # (N,) has just stepped onto a goal
@@ -126,7 +126,7 @@ def solved(
     done[at] = ~(w.grids[w.grid[at], :, :, 0] == kind).any((1, 2))
     return done
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #843c9218
 def step(
     w: Worlds,
     action: np.ndarray,  # (N,)
@@ -147,7 +147,7 @@ def step(
     w = replace(w, position=position, direction=direction, carrying=held)
     return w, solved(w, on_goal, opened), go & (cell[:, 0] == LAVA)
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #f67dc971
+# %% ../../nbs/masked_diffusion/20_data.ipynb #2f92c216
 def target_of(env: Any) -> tuple[int, int]:  # Kind and color; (0, 0) where there is no mission
     "The object that a mission of BabyAI tells the agent to go to."
     from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX
@@ -155,7 +155,7 @@ def target_of(env: Any) -> tuple[int, int]:  # Kind and color; (0, 0) where ther
     wanted = getattr(getattr(env, "instrs", None), "desc", None)
     return (OBJECT_TO_IDX[wanted.type], COLOR_TO_IDX[wanted.color]) if wanted else (0, 0)
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #338a4979
 def read_worlds(
     envs: Sequence[Any],  # MiniGrid environments of one size, after `reset`
     rule: str = "reach",
@@ -226,19 +226,19 @@ def full_view(w: Worlds) -> np.ndarray:  # (N, W, H, 3) uint8
     cells[(np.arange(len(w)), *w.position.T)] = agent
     return cells
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #cfd06079
+# %% ../../nbs/masked_diffusion/20_data.ipynb #907f1d23
 def own_grids(w: Worlds) -> Worlds:
     "The same worlds, none sharing its grid with another."
     return replace(w, grids=w.grids[w.grid], grid=np.arange(len(w)))
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #ea5a599b
 def state_keys(w: Worlds) -> np.ndarray:  # (N,) int64, equal for equal states
     "One number per state, given that equal grids have equal numbers."
     W, H = w.grids.shape[1:3]
     place = ((w.grid * W + w.position[:, 0]) * H + w.position[:, 1]) * 4 + w.direction
     return (place * 16 + w.carrying[:, 0]) * 16 + w.carrying[:, 1]
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #d6948602
 def fingerprints(
     grids: np.ndarray,  # (G, W, H, 3)
     world: np.ndarray,  # (G,) that each belongs to
@@ -272,7 +272,7 @@ def merge_grids(
     number = np.cumsum(keep) - 1
     return replace(w, grids=w.grids[keep], grid=number[first[same[w.grid]]]), prints[keep]
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #b20d72e4
+# %% ../../nbs/masked_diffusion/20_data.ipynb #72545e33
 class Layer(NamedTuple):
     "States at one distance from the start of their world, and where each action leads."
 
@@ -289,7 +289,7 @@ class Search(NamedTuple):
     seen: np.ndarray  # sorted keys of all states so far
     length: np.ndarray  # (N,) steps of a shortest plan, or -1
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #1c11434c
 def deepen(
     search: Search,
     actions: np.ndarray,  # (A,) that the agent may use
@@ -312,7 +312,7 @@ def deepen(
     seen = np.sort(np.concatenate([search.seen, fresh]))
     return Search(after.take(first), world[first], prints, seen, length), layer
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #615bd55b
+# %% ../../nbs/masked_diffusion/20_data.ipynb #f8303316
 @dataclass(frozen=True)
 class Plans:
     "All shortest plans of some worlds."
@@ -323,7 +323,7 @@ class Plans:
     following: tuple[np.ndarray, ...]  # per layer (S, A): row of the next layer
     actions: np.ndarray  # (A,)
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #f6fa3036
 def all_shortest_plans(
     w: Worlds,
     actions: Sequence[int] = (LEFT, RIGHT, FORWARD),
@@ -344,7 +344,7 @@ def all_shortest_plans(
     following = tuple(layer.following for layer in layers)
     return Plans(search.length, below, tuple(counts[::-1]), following, actions)
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #48695080
+# %% ../../nbs/masked_diffusion/20_data.ipynb #9aa0a2ab
 def draw_plans(
     plans: Plans,
     world: np.ndarray,  # (M,) with repeats if wished
@@ -360,7 +360,7 @@ def draw_plans(
         row[going] = following[row[going], choice]
     return out
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #34619c96
 def every_plan(
     plans: Plans,
     world: int,
@@ -375,11 +375,11 @@ def every_plan(
         row = following[row[way], choice]
     return out
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #b6206eca
+# %% ../../nbs/masked_diffusion/20_data.ipynb #08561073
 FILL = {WALL: "#8a8a8a", GOAL: "#7fc97f", LAVA: "#ff8c42", DOOR: "#c9a227", BOX: "#b08968"}
 PAINT = ("#d7301f", "#31a354", "#3182bd", "#756bb1", "#fec44f", "#969696")  # MiniGrid's colors
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #a5d0a47e
 def draw_world(
     ax: Any,  # Of matplotlib
     w: Worlds,
@@ -443,7 +443,7 @@ def join(parts: Sequence[Worlds]) -> Worlds:
     names = [f.name for f in fields(first)[:6]]
     return replace(first, **{k: np.concatenate([getattr(w, k) for w in shifted]) for k in names})
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #0216bd8c
+# %% ../../nbs/masked_diffusion/20_data.ipynb #46226648
 @contextlib.contextmanager
 def silent_minigrid() -> Iterator[None]:
     "MiniGrid's levels, without what they print and without a window."
@@ -455,7 +455,7 @@ def silent_minigrid() -> Iterator[None]:
 
         yield
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #29e5f86a
 def from_minigrid(
     level: str,  # Such as "MiniGrid-FourRooms-v0"
     rule: str = "reach",
@@ -528,9 +528,11 @@ def corridor(
 
     return make
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #edd40ecf
+# %% ../../nbs/masked_diffusion/20_data.ipynb #cbecb53c
 HANDS = (LEFT, RIGHT, FORWARD, PICK_UP, DROP, TOGGLE)
 DOORS = (LEFT, RIGHT, FORWARD, TOGGLE)
+
+# %% ../../nbs/masked_diffusion/20_data.ipynb #ad7e2339
 TASKS = {
     "empty_fixed": Task(from_minigrid("MiniGrid-Empty-8x8-v0"), "the document's: one start"),
     "empty_random": Task(room(8), "start and goal anywhere"),
@@ -569,7 +571,7 @@ TASKS = {
     ),
 }
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #0a0fea39
 def task(name: str) -> Task:
     "The task with this name; with `_full` at its end, the same seen from above."
     base = name.removesuffix("_full")
@@ -592,7 +594,7 @@ def observe(
     found[:, : cells.shape[1], : cells.shape[2]] = cells
     return found
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #4866697f
+# %% ../../nbs/masked_diffusion/20_data.ipynb #aa6ffcde
 SPLITS = ("train", "val", "test")
 
 
@@ -602,7 +604,7 @@ def layout_ids(w: Worlds) -> np.ndarray:  # (N,) int64
     ids = np.frombuffer(b"".join(parts), np.int64) >> 1
     return ids[w.grid] ^ (w.target @ np.array([1, 256], np.int64) * (w.rule == "face"))
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #ef133fee
 def split_layouts(
     layout: np.ndarray,  # (N,)
     test: float = 0.2,  # Share of the distinct layouts
@@ -616,14 +618,14 @@ def split_layouts(
     part[:n_test], part[n_test : n_test + n_val] = 2, 1
     return part[which]
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #72089b7a
+# %% ../../nbs/masked_diffusion/20_data.ipynb #daed541f
 def anywhere(w: Worlds, draw: np.random.Generator) -> Worlds:
     "The same layouts with the agent on a random empty cell, facing anywhere."
     free = (w.grids[w.grid][..., 0] == EMPTY).reshape(len(w), -1)
     x, y = np.divmod((free * draw.random(free.shape)).argmax(1), w.grids.shape[2])
     return replace(w, position=np.stack([x, y], 1), direction=draw.integers(0, 4, len(w)))
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #2b2879a5
 def drop_unused(w: Worlds) -> Worlds:
     "The same worlds without grids that nobody stands in."
     used, grid = np.unique(w.grid, return_inverse=True)
@@ -652,7 +654,7 @@ def walk(
         found = {"obs": obs[: n + 1, i], "direction": direction[: n + 1, i]}
         yield found | {"action": actions[i, :n].astype(np.uint8), "n_plans": plans.number[which[i]]}
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #d736d19e
+# %% ../../nbs/masked_diffusion/20_data.ipynb #8182b500
 @dataclass(frozen=True)
 class DataConfig:
     "Demonstrations and test worlds."
@@ -681,7 +683,7 @@ class DataConfig:
             )
         require(0 <= self.anywhere <= 1, "data.anywhere", self.anywhere, "between 0 and 1")
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #7c70bbf0
 def schema(cfg: DataConfig) -> tuple[Field, ...]:
     "The fields of the demonstrations."
     seen = "kind, color, state of each cell"
@@ -695,7 +697,7 @@ def schema(cfg: DataConfig) -> tuple[Field, ...]:
         Field("n_plans", "float64", level="episode", description="shortest plans at the start"),
     )
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #f09506da
+# %% ../../nbs/masked_diffusion/20_data.ipynb #045d15fa
 class TestWorlds(NamedTuple):
     "Worlds with held-out layouts, and what is optimal in them."
 
@@ -704,7 +706,7 @@ class TestWorlds(NamedTuple):
     number: np.ndarray  # (N,) shortest plans
     layout: np.ndarray  # (N,) ids
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #a2794236
 def pick_worlds(
     name: str,
     w: Worlds,
@@ -724,13 +726,13 @@ def pick_worlds(
     at = good[np.concatenate([draw.permutation(len(good))[:n], more])]
     return TestWorlds(drop_unused(w.take(at)), plans.length[at], plans.number[at], layout[at])
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #3a3d5089
 def first_worlds(t: TestWorlds, n: int) -> TestWorlds:
     "The first n worlds."
     n = min(n, len(t.length))
     return TestWorlds(drop_unused(t.worlds.take(np.arange(n))), *(a[:n] for a in t[1:]))
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #e2fb77a3
+# %% ../../nbs/masked_diffusion/20_data.ipynb #4af0520d
 def save_worlds(path: Path, tests: TestWorlds) -> None:
     "Write test worlds as one safetensors file."
     w = tests.worlds
@@ -740,7 +742,7 @@ def save_worlds(path: Path, tests: TestWorlds) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, meta))
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #9931d4d5
 def load_worlds(path: Path) -> TestWorlds:
     "Read test worlds."
     from safetensors import safe_open
@@ -752,7 +754,7 @@ def load_worlds(path: Path) -> TestWorlds:
     worlds = Worlds(*parts, meta["rule"], meta["see_through_walls"] == "1")
     return TestWorlds(worlds, *(arrays[k] for k in TestWorlds._fields[1:]))
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #8d3ff3f5
+# %% ../../nbs/masked_diffusion/20_data.ipynb #47bef545
 BLOCK = 500
 
 
@@ -771,7 +773,7 @@ def demonstrate(cfg: DataConfig, name: str, w: Worlds, layout: np.ndarray) -> It
         for k, found in zip(kept, walk(block, plans, rules.view, cfg.side, draw), strict=True):
             yield found | {"task": which, "target": w.target[k], "layout": layout[k]}
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #dd5da0ea
 class Made(NamedTuple):
     "A task's demonstrations and worlds."
 
@@ -779,7 +781,7 @@ class Made(NamedTuple):
     splits: list[str]  # of the episodes
     worlds: dict[str, TestWorlds]  # test, val
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #c96991ca
 def make_task(cfg: DataConfig, name: str) -> Made:
     "Demonstrations of one task with their splits, its test worlds and some for validation."
     n = round(cfg.episodes * task(name).episodes)
@@ -842,7 +844,7 @@ class ModelConfig:
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "at least 0, below 1")
         require(self.n_convs >= 0, "model.n_convs", self.n_convs, "0 or more")
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #8d4c7328
+# %% ../../nbs/masked_diffusion/20_data.ipynb #be40fe08
 @dataclass(frozen=True)
 class LossConfig:
     "What training minimizes."
@@ -855,6 +857,7 @@ class LossConfig:
     lead: float = 1.0  # where all is masked, action i of a plan weighs (1 + i) ** -lead
     drop_state: float = 0.1  # share of the states that are hidden, for guidance
     starts_only: bool = False  # plans from the first step of a demonstration only
+    by_length: bool = True  # a plan comes as often as it has actions, else all alike
     pad: Literal["end", "last"] = "end"  # what follows the last action of a plan
 
     def __post_init__(self):
@@ -864,7 +867,7 @@ class LossConfig:
         require(self.copies >= 1, "loss.copies", self.copies, "at least 1")
         require(self.lead >= 0, "loss.lead", self.lead, "0 or more")
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #f4cea5da
+# %% ../../nbs/masked_diffusion/20_data.ipynb #c666fbe5
 @dataclass(frozen=True)
 class EvaluateConfig:
     "How planners are judged."
@@ -889,7 +892,7 @@ class EvaluateConfig:
             ok = len(values) > 0 and min(values) >= 1
             require(ok, f"evaluate.{name}", values, "one or more numbers, each at least 1")
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #748df207
 @dataclass(frozen=True)
 class VariantConfig:
     "One network and how it is trained."
@@ -898,7 +901,7 @@ class VariantConfig:
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #1c5d3fdd
+# %% ../../nbs/masked_diffusion/20_data.ipynb #3fd6f561
 AR, BC = {"model.kind": "autoregressive"}, {"model.kind": "cloning"}
 VARIANTS = {  # name: (what it changes, steps relative to the diffusion's, what for)
     "diffusion": ({}, 1.0, "masked diffusion"),
@@ -918,9 +921,10 @@ VARIANTS = {  # name: (what it changes, steps relative to the diffusion's, what 
     "in_order": ({"loss.in_order": 0.5}, 1.0, "half of the masks hide the end of a plan"),
     "one_copy": ({"loss.copies": 1}, 1.9, "one masked copy per state, equal time"),
     "no_guidance": ({"loss.drop_state": 0.0}, 1.0, "the state is never hidden"),
+    "plans_alike": ({"loss.by_length": False}, 1.0, "long plans come as rarely as they occur"),
 }
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #636dfff5
+# %% ../../nbs/masked_diffusion/20_data.ipynb #fcd53260
 @dataclass(frozen=True)
 class DiffusionConfig:
     "A whole run."
@@ -944,7 +948,7 @@ class DiffusionConfig:
         for name in self.variants:
             variant(self, name)
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #ba162f42
 def variant(
     cfg: DiffusionConfig,
     name: str,  # One of VARIANTS
@@ -958,11 +962,13 @@ def variant(
     longer = replace(found.train, steps=max(1, round(steps * found.train.steps)))
     return replace(found, train=longer)
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #3ac4b923
+# %% ../../nbs/masked_diffusion/20_data.ipynb #1b8a2022
 FAST = {"eval_every": 10, "save_every": 10, "log_every": 5}
 SLOW = {"eval_every": 1000, "save_every": 1000, "log_every": 100}
 EVERY = tuple(n for n in TASKS if n != "empty_fixed")
 FULL_VIEWS = ("empty_random_full", "crossing_s9n1_full", "doorkey_8x8_full", "goto_local_full")
+
+# %% ../../nbs/masked_diffusion/20_data.ipynb #e3a0fe2d
 PRESETS = {
     "tiny": DiffusionConfig(
         data=DataConfig(episodes=100, test=40, val=10),
@@ -990,7 +996,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #56b393cb
+# %% ../../nbs/masked_diffusion/20_data.ipynb #8ec00f0b
 PRESETS["document"] = DiffusionConfig(
     preset="document", variants=("diffusion",),
     data=DataConfig(tasks=("empty_fixed",), episodes=500, anywhere=0.0, test=200, val=20),
@@ -1000,19 +1006,21 @@ PRESETS["document"] = DiffusionConfig(
         noise="gaussian", end=False,
     ),
     loss=LossConfig(schedule="cosine", all_masked=0, copies=1, lead=0, drop_state=0, starts_only=True,
-        pad="last"),
+        by_length=False, pad="last"),
     train=TrainConfig(
         steps=94, batch_size=16, lr=1e-3, weight_decay=1e-4, schedule="plateau",
         warmup_fraction=0.0, betas=(0.9, 0.999), precision="fp32", eval_every=31, save_every=31,
     ),
 )  # fmt: skip
+
+# %% ../../nbs/masked_diffusion/20_data.ipynb #3ffe04cb
 PRESETS["ablations"] = replace(
     PRESETS["small"], preset="ablations", variants=tuple(VARIANTS),
     train=replace(PRESETS["small"].train, steps=1000),
     evaluate=EvaluateConfig(episodes=500, kl_states=20, kl_plans=2000),
 )  # fmt: skip
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #a330140e
+# %% ../../nbs/masked_diffusion/20_data.ipynb #08f1c9a1
 JUDGED = ("empty_random", "crossing_s9n1", "fourrooms")
 HEADLINE = (
     *(f"evaluate.{t}.success.{m}" for t in JUDGED for m in (*PRESETS["small"].variants, "table")),
@@ -1020,6 +1028,8 @@ HEADLINE = (
     *(f"evaluate.many_plans.kl_to_optimal_plans.{m}" for m in PRESETS["small"].variants),
     "evaluate.nll_bound",
 )
+
+# %% ../../nbs/masked_diffusion/20_data.ipynb #323379db
 METHOD = Method(
     name="masked_diffusion",
     title="Masked-diffusion policy on grid worlds",
@@ -1036,7 +1046,7 @@ METHOD = Method(
     },
 )
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #45e4e77c
+# %% ../../nbs/masked_diffusion/20_data.ipynb #04772849
 def observation_keys(
     obs: np.ndarray,  # (N, S, S, 3) uint8
     direction: np.ndarray,  # (N,)
@@ -1046,7 +1056,7 @@ def observation_keys(
     told = np.column_stack([direction, target]).astype(int) @ np.array([1 << 16, 256, 1])
     return fingerprints(np.ascontiguousarray(obs), told)
 
-
+# %% ../../nbs/masked_diffusion/20_data.ipynb #f52a26d9
 def seen_keys(data: Trajectories, which: int) -> np.ndarray:  # Sorted, distinct
     "All observations of the training demonstrations of a task in which somebody acts."
     train = data.split("train")

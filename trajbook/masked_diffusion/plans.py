@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'SHOWN', 'GRID_JS', 'STEPPING_JS', 'PLAN_JS', 'plan_probability', 'until_end', 'plan_counts', 'kl_to_even',
-           'closed_plans', 'cloning_probability', 'plan_rows', 'distinct_worlds', 'ways_of', 'counted', 'passes',
+           'closed_plans', 'closed_loop_probability', 'plan_rows', 'distinct_worlds', 'ways_of', 'counted', 'passes',
            'guidance_rows', 'wishes', 'fulfilled', 'wish_rows', 'traces', 'poses', 'world_of', 'writer_state',
-           'PlanWriter', 'look_at_plans', 'full_views', 'run_stage']
+           'PlanWriter', 'within', 'look_at_plans', 'full_views', 'run_stage']
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #150b9f0f
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #b4c029b2
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import traitlets
 from torch import Tensor
 
+from ..config import require
 from ..core import rng
 from trajbook.masked_diffusion.data import (
     ACTIONS,
@@ -54,7 +55,6 @@ from trajbook.masked_diffusion.model import (
     Sampling,
     blank,
     fill_in,
-    log_likelihood,
     log_p,
     make_plans,
     turns,
@@ -62,17 +62,18 @@ from trajbook.masked_diffusion.model import (
 from ..run import Run, open_run, settle, stage
 from ..widgets import COMMON_JS, within_budget
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #8880e6a1
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #7687b639
 @torch.no_grad()
 def plan_probability(
     model: Planner,
     memory: Memory,  # One state
     plans: np.ndarray,  # (P, L)
-    how: Sampling,  # "confidence" has no such form
+    how: Sampling,  # Passes, order and schedule count, at temperature 1 and without guidance
     draw: torch.Generator,
     n_orders: int = 32,  # Random orders to take the mean of
 ) -> np.ndarray:  # (P,)
-    "Probability with which a planner draws each of some plans."
+    "Probability with which a planner draws each of some plans, in an order that can be told before."
+    require(how.order != "confidence", "order", how.order, "one that is settled beforehand")
     P, L, device = *plans.shape, memory.task.device
     free = blank(model, memory.task) == MASK
     u = torch.rand((n_orders, L), generator=draw, device=device)
@@ -88,12 +89,12 @@ def plan_probability(
         total = total + (found * (turn == k)).sum(-1)
     return total.double().exp().mean(1).cpu().numpy()
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #ff34456f
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #67b7d95c
 def until_end(plans: np.ndarray) -> np.ndarray:
     "The same plans with everything after the first END made END."
     return np.where(np.cumsum(plans == END, -1) > 0, END, plans)
 
-
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #1660836e
 def plan_counts(
     probability: np.ndarray,  # (P,) of the right plans
     n: int,
@@ -103,39 +104,47 @@ def plan_counts(
     q = np.append(probability, max(0.0, 1 - probability.sum()))
     return draw.multinomial(n, q / q.sum())
 
-
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #fa7ab5d5
 def kl_to_even(counts: np.ndarray) -> float:  # (P + 1,) -> nats
     "KL from the even distribution over P plans to counts of P plans and one rest, plus one each."
     q = (counts + 1) / (counts + 1).sum()
     return float(-np.log((len(counts) - 1) * q[:-1]).mean())
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #ac5ed7d0
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #2158b7ae
 def closed_plans(plans: Plans, world: int, length: int) -> np.ndarray:  # (P, L)
     "All shortest plans of a world, closed by END."
     found = every_plan(plans, world)
-    more = ((0, 0), (0, max(0, length - found.shape[1])))
-    return np.pad(found, more, constant_values=END)[:, :length]
+    require(found.shape[1] <= length, "length", length, f"at least {found.shape[1]}, as the plans")
+    more = ((0, 0), (0, length - found.shape[1]))
+    return np.pad(found, more, constant_values=END)
 
-
-def cloning_probability(
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #7909e10d
+@torch.no_grad()
+def closed_loop_probability(
     model: Planner,
     w: Worlds,  # One world
     right: np.ndarray,  # (P, L) plans, closed by END
     see: Callable[[Worlds], dict],
-) -> np.ndarray:  # (P,) probability that cloning walks each of them, looking at every step
-    "Exact probability of plans under a policy that sees the world after every action."
+) -> np.ndarray:  # (P,)
+    "Exact probability that a planner walks each of some plans if it looks after every action."
     now, total = w.take(np.zeros(len(right), int)), np.zeros(len(right))
     device = next(model.parameters()).device
     for action in right.T:
         state = {k: torch.as_tensor(v, device=device) for k, v in see(now).items()}
-        plan = torch.as_tensor(np.minimum(action, END - 1), device=device)[:, None]
-        with torch.no_grad():
-            found = log_likelihood(model, model.remember(state), plan)[:, 0].cpu().numpy()
+        nothing = blank(model, state["task"])[:, None]
+        if model.config.kind == "autoregressive":
+            nothing = torch.full_like(nothing, MASK)
+        first = model.decode(
+            model.remember(state), nothing, torch.ones(nothing.shape[:2], device=device)
+        )[:, 0, 0]
+        found = (
+            first.log_softmax(-1).cpu().numpy()[np.arange(len(action)), action.clip(max=END - 1)]
+        )
         total += np.where(action < END, found, 0.0)
         now = step(now, np.where(action < END, action, DONE))[0]
     return np.exp(total)
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #724e7a29
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #abb43b02
 def plan_rows(
     case: Case,
     models: Mapping[str, Planner],
@@ -158,9 +167,13 @@ def plan_rows(
         rows += [(f"{key}.kl_to_optimal_plans.{name}", float(kl), "nats per plan", "lower")]
         rows += [(f"{key}.plans_found.{name}", float(found), "1", "higher")]
         rows += [(f"{key}.plans_optimal.{name}", float(share), "1", "higher")]
+        for n in np.unique(plans.length):
+            some = [c[:-1].sum() / c.sum() for c in np.array(counts, object)[plans.length == n]]
+            place = f"{key}.plans_optimal_by_length.{name}.steps_{n}"
+            rows += [(place, float(np.mean(some)), "1", "higher")]
     return rows
 
-
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #3eeba4bc
 def distinct_worlds(t: TestWorlds, n: int) -> tuple[Worlds, np.ndarray]:
     "Up to n test worlds that differ."
     w = t.worlds
@@ -170,7 +183,7 @@ def distinct_worlds(t: TestWorlds, n: int) -> tuple[Worlds, np.ndarray]:
     at = np.sort(np.unique(seen, axis=0, return_index=True)[1])[:n]
     return drop_unused(w.take(at)), at
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #92ac1bf8
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #76cae25c
 def ways_of(name: str, model: Planner, ours: str) -> dict[str, Sampling]:
     "In which ways a planner is asked for plans."
     L = model.config.length
@@ -182,7 +195,7 @@ def ways_of(name: str, model: Planner, ours: str) -> dict[str, Sampling]:
         ways |= {f"{name}_left_to_right": Sampling(L, "left_to_right")}
     return ways
 
-
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #a53cb00e
 def counted(
     case: Case,
     models: Mapping[str, Planner],
@@ -193,11 +206,11 @@ def counted(
     "How often each network draws each right plan; ours also in other ways."
     e, chance = cfg.evaluate, {}
     for name, model in models.items():
-        if model.config.length == 1:
-            ones = [w.take(np.array([k])) for k in range(len(w))]
-            pairs = zip(ones, right, strict=True)
-            chance[name] = [cloning_probability(model, one, r, case.see) for one, r in pairs]
-        elif model.config.end and model.config.length == right[0].shape[1]:
+        ones = [w.take(np.array([k])) for k in range(len(w))]
+        pairs = zip(ones, right, strict=True)
+        looks = [closed_loop_probability(model, one, r, case.see) for one, r in pairs]
+        chance[name if model.config.length == 1 else f"{name}_closed_loop"] = looks
+        if model.config.end and model.config.length == right[0].shape[1]:
             state = {k: torch.as_tensor(v, device=case.device) for k, v in case.see(w).items()}
             with torch.no_grad():
                 memory = model.remember(state)
@@ -210,14 +223,14 @@ def counted(
     flip = rng(cfg.seed, "plans", case.name)
     return {k: [plan_counts(q, e.kl_plans, flip) for q in v] for k, v in chance.items()}
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #f887156b
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #d3df3a6d
 ORDERS = ("random", "confidence", "left_to_right", "ancestral")
 
 
 def passes(case: Case, model: Planner, cfg: DiffusionConfig) -> list[Row]:
-    "Open-loop success by number of passes and order, at temperature 1; and the time a plan takes."
+    "Open-loop success by number of passes and order, at temperature 1; processor time per episode."
     rows, length, some = [], model.config.length, case.part(cfg.evaluate.passes_worlds)
-    numbers = {2**i: ORDERS for i in range(1, int(math.log2(length)) + 1)}
+    numbers = {2**i: ORDERS for i in range(1, int(math.log2(length)) + 1)} | {length: ORDERS}
     for k, orders in ({1: ORDERS[:1]} | numbers | {100: ("ancestral",)}).items():
         for order in orders:
             draw = case.draw(cfg.seed, "passes", k, order)
@@ -242,7 +255,7 @@ def guidance_rows(case: Case, model: Planner, cfg: DiffusionConfig) -> list[Row]
         rows.append((key, float(found["success"].mean()), "1", "higher"))
     return rows
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #e172349e
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #c0a4cf88
 def wishes(
     right: Sequence[np.ndarray],  # Of each world (P, L) plans
     draw: np.random.Generator,
@@ -255,7 +268,7 @@ def wishes(
         found[k, place] = plans[draw.integers(len(plans)), place]
     return found
 
-
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #f88268fd
 def fulfilled(
     drawn: np.ndarray,  # (N, L)
     right: Sequence[np.ndarray],
@@ -318,7 +331,7 @@ def traces(
     place = {"grids": w.grids[w.grid], "position": w.position, "direction": w.direction}
     return place | {"tokens": tokens, "p": p.astype(np.float32), "length": case.tests.length[at]}
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #372ff277
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #24cab573
 def poses(w: Worlds, plan: Sequence[int]) -> tuple[list[list[int]], bool]:
     "Column, row and direction along a plan until the world is solved, and whether it is."
     found = [[*map(int, w.position[0]), int(w.direction[0])]]
@@ -329,14 +342,14 @@ def poses(w: Worlds, plan: Sequence[int]) -> tuple[list[list[int]], bool]:
             return found, True
     return found, False
 
-
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #17dafe41
 def world_of(found: Mapping[str, np.ndarray], k: int, rule: str = "open") -> Worlds:
     "One of the worlds of `traces`."
     nothing = np.zeros((1, 2), np.uint8)
     place = (found[n][k : k + 1] for n in ("position", "direction"))
     return Worlds(found["grids"][k : k + 1], np.zeros(1, int), *place, nothing, nothing, rule, True)
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #a2d7c9fb
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #60446b49
 GRID_JS = r"""
 const FILLS = { 2: "#8a8a8a", 8: "#5aae61", 9: "#ff8c42", 4: "#c9a227", 7: "#b08968", 5: "#c9a227", 6: "#4a7fb5" };
 const drawGrid = (ctx, world, size, theme) => {
@@ -346,7 +359,7 @@ const drawGrid = (ctx, world, size, theme) => {
     ctx.fillRect(x * size + 0.5, y * size + 0.5, size - 1, size - 1);
   }));
 };
-const AHEAD = [[1, 0], [0, 1], [-1, 0], [0, -1]];
+
 const drawAgent = (ctx, [x, y, d], size, color) => {
   ctx.save();
   ctx.translate((x + 0.5) * size, (y + 0.5) * size);
@@ -437,7 +450,7 @@ function render({ model, el }) {
 export default { render };
 """
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #370ff04e
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #4a2b47c5
 def writer_state(
     found: Mapping[str, np.ndarray],  # From `traces`
     title: str = "",
@@ -458,7 +471,7 @@ def writer_state(
     data |= {"last": found["tokens"].shape[-1], "names": [*ACTIONS, "end"]}
     return within_budget(data, "show fewer worlds")
 
-
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #464c9ab9
 class PlanWriter(anywidget.AnyWidget):
     "Plans while they are written: menus of worlds and orders, a slider over the passes."
 
@@ -472,7 +485,13 @@ class PlanWriter(anywidget.AnyWidget):
         data = writer_state(*args, **options)
         super().__init__(data=data, step=data["last"] // 2)
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #6a77e2d0
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #19a96304
+def within(t: TestWorlds, length: int) -> TestWorlds:
+    "Test worlds with shortest plans of no more than `length` steps."
+    at = np.flatnonzero(t.length <= length)
+    return TestWorlds(drop_unused(t.worlds.take(at)), *(a[at] for a in t[1:]))
+
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #e43b6d92
 def look_at_plans(folder: Path, device: str, name: str) -> list[Row]:
     "Everything about the plans of one task."
     run = open_run(folder)
@@ -480,16 +499,17 @@ def look_at_plans(folder: Path, device: str, name: str) -> list[Row]:
     case, models = open_case(run, name, device), open_models(run, device)
     ours = models[run.cfg.variants[0]]
     rows = passes(case, ours, run.cfg) + guidance_rows(case, ours, run.cfg)
-    if task(name).min_plans > 1:
+    case = case._replace(tests=within(case.tests, ours.config.length))
+    if task(name).min_plans > 1 and len(case.tests.length):
         rows += plan_rows(case, models, run.cfg) + wish_rows(case, models, run.cfg)
     return rows
 
-
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #97abcc8d
 def full_views(cfg: DiffusionConfig) -> list[str]:
     "Tasks of a run in which everything is seen: only there can a whole plan be known."
     return [n for n in cfg.data.tasks if task(n).view == "full"]
 
-
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #5f029ac0
 @stage("masked_diffusion", "plans")
 def run_stage(cfg: DiffusionConfig, run: Run) -> None:
     "Look at the plans of the tasks in which everything is seen."
@@ -499,7 +519,7 @@ def run_stage(cfg: DiffusionConfig, run: Run) -> None:
     record_rows(run, for_tasks(run, look_at_plans, names, "looking at plans"))
     key = "evaluate.many_plans.kl_to_optimal_plans"
     if "many_plans" in names:
-        for rival in cfg.variants[1:]:
+        for rival in [n for n in cfg.variants[1:] if f"{key}.{n}" in run.metrics]:
             run.compare(f"{key}.{cfg.variants[0]}", f"{key}.{rival}")
         case = open_case(run, "many_plans", run.device)
         run.save_arrays(**traces(case, open_models(run, run.device)[cfg.variants[0]]))

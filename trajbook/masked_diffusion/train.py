@@ -33,7 +33,7 @@ from .model import Planner, describe, elbo_weight, mask_share
 from ..run import Run, settle, stage, time_left
 from ..train import fit, share, train_all
 
-# %% ../../nbs/masked_diffusion/22_train.ipynb #3bea1e4d
+# %% ../../nbs/masked_diffusion/22_train.ipynb #559d10f4
 class PlanTable:
     "Every step of some demonstrations, with the plan from there on."
 
@@ -51,6 +51,8 @@ class PlanTable:
             for name in ("first", "left", "row", "task", "target"):
                 setattr(self, name, getattr(self, name)[keep])
         self.horizons = np.array([task(n).horizon for n in model.tasks])
+        longest = np.minimum(model.length, self.horizons[self.task])
+        self.actions = np.minimum(self.left, longest)  # how many of a plan there is room for
 
     def __len__(self) -> int:
         return len(self.first)
@@ -75,7 +77,7 @@ class PlanTable:
         found = {"obs": self.obs[at], "direction": self.direction[at]}
         return found | {"task": self.task[index], "target": self.target[index]}
 
-# %% ../../nbs/masked_diffusion/22_train.ipynb #b62fb9c5
+# %% ../../nbs/masked_diffusion/22_train.ipynb #a7c1ac6e
 class PlanStream:
     "Endless batches of states, plans and random numbers."
 
@@ -84,12 +86,11 @@ class PlanStream:
             raise TrajbookError(f"batch_size {batch_size} cannot be shared by {world} processes")
         self.table, self.size, self.seed, self.step = table, batch_size, seed, 0
         self.mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-        tasks = table.model.tasks
-        self.rows = [np.flatnonzero(table.task == k) for k in range(len(tasks))]
-        often = np.array(
-            [task(n).share * (len(r) > 0) for n, r in zip(tasks, self.rows, strict=True)]
-        )
-        self.often = often / often.sum()
+        often = table.actions if table.loss.by_length else np.ones(len(table), int)
+        rows = [np.flatnonzero(table.task == k) for k in range(len(table.model.tasks))]
+        self.rows = [np.repeat(r, often[r]) for r in rows]
+        share = [task(n).share * (len(r) > 0) for n, r in zip(table.model.tasks, rows, strict=True)]
+        self.often = np.array(share) / sum(share)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         "This process's part of batch `step`."
@@ -123,7 +124,7 @@ class PlanStream:
                 )
         self.step = int(state["step"])
 
-# %% ../../nbs/masked_diffusion/22_train.ipynb #e55c9b10
+# %% ../../nbs/masked_diffusion/22_train.ipynb #28045f10
 def noise_of(
     draw: np.random.Generator,
     B: int,
@@ -136,7 +137,7 @@ def noise_of(
     found = {k: draw.random(shape, np.float32) for k, shape in parts.items()}
     return found | {"time": time.reshape(B, C).astype(np.float32)}
 
-
+# %% ../../nbs/masked_diffusion/22_train.ipynb #b059e0fd
 def q_sample(
     batch: dict,  # plan (B, L), free (B, L), and the numbers of `noise_of`
     loss: LossConfig,
@@ -150,13 +151,13 @@ def q_sample(
     masked = (order < mask_share(time, loss.schedule)[..., None]) & batch["free"][:, None]
     return torch.where(masked, MASK, batch["plan"][:, None]), time
 
-# %% ../../nbs/masked_diffusion/22_train.ipynb #37f0432b
+# %% ../../nbs/masked_diffusion/22_train.ipynb #3a8671e5
 def place_weights(L: int, lead: float, device: Any = None) -> Tensor:  # (L,) mean 1
     "Weight of each place of a plan of which nothing is known."
     weight = (1 + torch.arange(L, device=device)).float() ** -lead
     return weight / weight.mean()
 
-
+# %% ../../nbs/masked_diffusion/22_train.ipynb #9da10f43
 def masked_loss(
     model: torch.nn.Module,
     batch: dict,
@@ -175,7 +176,7 @@ def masked_loss(
         weight = torch.where((time == 1)[..., None], masked * first, masked)
     return surprise.view(plan.shape), weight, logits
 
-# %% ../../nbs/masked_diffusion/22_train.ipynb #7aecfb33
+# %% ../../nbs/masked_diffusion/22_train.ipynb #84be1be3
 def shifted_loss(
     model: torch.nn.Module,
     batch: dict,
@@ -188,7 +189,7 @@ def shifted_loss(
     surprise = F.cross_entropy(logits.flatten(0, 2), plan.flatten(), reduction="none")
     return surprise.view(plan.shape), torch.ones_like(plan, dtype=torch.float32), logits
 
-
+# %% ../../nbs/masked_diffusion/22_train.ipynb #909454a9
 def loss_fn(
     model: torch.nn.Module,  # Planner, perhaps wrapped
     batch: dict,  # A state, plan (B, L), random numbers
@@ -208,14 +209,14 @@ def loss_fn(
     total = torch.tensor(float(surprise.shape[0] * surprise.shape[1]), device=plan.device)
     return (surprise * weight).sum(), total if bound else weight.sum(), metrics
 
-# %% ../../nbs/masked_diffusion/22_train.ipynb #ee9639b4
+# %% ../../nbs/masked_diffusion/22_train.ipynb #d57c1444
 def tables(cfg: DiffusionConfig, name: str, data: Trajectories) -> tuple[PlanTable, PlanTable]:
     "Plans for training and for validation; where no layout is held out both are the same."
     setup = variant(cfg, name)
     val = data.split("val") if "val" in data.splits else data.split("train")
     return tuple(PlanTable(part, setup.model, setup.loss) for part in (data.split("train"), val))
 
-
+# %% ../../nbs/masked_diffusion/22_train.ipynb #b9564768
 def validation_batches(table: PlanTable, n: int = 1024, size: int = 256) -> list[dict]:
     "The same plans with the same masks, every time."
     draw, found = rng(0, "validation"), []
@@ -227,7 +228,7 @@ def validation_batches(table: PlanTable, n: int = 1024, size: int = 256) -> list
         found.append(table.states(at) | plan | noise)
     return found
 
-# %% ../../nbs/masked_diffusion/22_train.ipynb #4d737265
+# %% ../../nbs/masked_diffusion/22_train.ipynb #90d279a2
 def save_model(model: Planner, path: Path, *, cfg: DiffusionConfig, name: str) -> None:
     "Write a checkpoint that rebuilds its model by itself."
     extra = {"variant": name, "seed": cfg.seed, "tasks": list(cfg.data.tasks)}
@@ -240,7 +241,7 @@ def fresh_model(cfg: DiffusionConfig, name: str) -> Planner:
         torch.manual_seed(key_to_seed(cfg.seed, "masked_diffusion", name) % 2**63)
         return Planner(variant(cfg, name).model)
 
-
+# %% ../../nbs/masked_diffusion/22_train.ipynb #6eb465e5
 def train_variant(
     cfg: DiffusionConfig,
     data_dir: Path,
