@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trajbook.checkpoint import load, save_checkpoint
+from trajbook.core import TrajbookError
 from trajbook.masked_diffusion.data import END, MASK, LossConfig, ModelConfig
 from trajbook.masked_diffusion.model import (
     DiTBlock,
@@ -25,7 +26,14 @@ from trajbook.masked_diffusion.model import (
     nelbo,
     turns,
 )
-from trajbook.masked_diffusion.plans import kl_to_even, plan_counts, plan_probability, until_end
+from trajbook.masked_diffusion.plans import (
+    closed_loop_probability,
+    closed_plans,
+    kl_to_even,
+    plan_counts,
+    plan_probability,
+    until_end,
+)
 from trajbook.masked_diffusion.train import loss_fn, noise_of, q_sample
 from trajbook.nn import torch_generator
 
@@ -208,6 +216,49 @@ def test_the_probability_of_a_plan_is_that_of_drawing_it():
     how = Sampling(3, "left_to_right")
     p = plan_probability(decoder, one, every.numpy(), how, torch_generator("r"), 1)
     np.testing.assert_allclose(p, right, rtol=1e-3, atol=1e-6)
+    with pytest.raises(TrajbookError, match="confidence"):
+        how = Sampling(3, "confidence")
+        plan_probability(decoder, one, every.numpy(), how, torch_generator("s"))
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "autoregressive", "cloning"])
+def test_the_probability_of_a_walk_is_that_of_walking_it(kind):
+    "One look per action, against plans that are drawn and walked."
+    from trajbook.masked_diffusion.data import all_shortest_plans, observe, step, task
+
+    w = task("many_plans").make(0, 30)
+    plans = all_shortest_plans(w, task("many_plans").actions)
+    k = int(plans.length.argmin())
+    one, right = w.take(np.array([k])), closed_plans(plans, k, 16)
+
+    def see(w) -> dict:
+        told = {"obs": observe(w, "full"), "direction": w.direction, "target": w.target}
+        return told | {"task": np.ones(len(w), int)}
+
+    model, n, draw = planner(kind=kind), 4000, torch_generator("walk", kind)
+    p = closed_loop_probability(model, one, right, see)
+    now, alive = one.take(np.zeros(n, int)), np.ones((n, len(right)), bool)
+    for action in right[:, : int(plans.length[k])].T:
+        state = {a: torch.as_tensor(v) for a, v in see(now).items()}
+        drawn = make_plans(model, state, draw=draw, n=1)[:, 0].numpy()
+        alive &= drawn[:, None] == action
+        now = step(now, np.where(drawn < END, drawn, 6))[0]
+    error = np.sqrt(p * (1 - p) / n)
+    assert (np.abs(alive.mean(0) - p) < 5 * error + 2 / n).all()
+
+
+def test_a_decoder_pays_for_the_places_of_its_task_only():
+    short = planner(horizon=16, kind="autoregressive", tasks=("empty_random", "fourrooms"))
+    model = planner(horizon=20, kind="autoregressive", tasks=("empty_random", "fourrooms"))
+    plan = torch.randint(0, 8, (6, 20), generator=torch_generator("plan"))
+    paid = {}
+    for which in (0, 1):
+        memory = model.remember(states(6) | {"task": torch.full((6,), which)})
+        other = plan.clone()
+        other[:, 16:] = 7 - plan[:, 16:]
+        paid[which] = [log_likelihood(model, memory, x)[:, 0] for x in (plan, other)]
+    assert torch.equal(*paid[0]) and not torch.allclose(*paid[1])
+    assert short.horizons.tolist() == [16, 16] and model.horizons.tolist() == [16, 20]
 
 
 def test_the_bound_is_never_below_the_exact_value():

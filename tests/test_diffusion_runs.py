@@ -146,6 +146,29 @@ def test_plans_are_those_of_the_walk():
     np.testing.assert_array_equal(table.states(np.array([0]))["obs"][0], made.episodes[0]["obs"][0])
 
 
+def test_plans_come_as_often_as_they_have_actions():
+    table, _ = small_table("crossing_s9n1", 60)
+    seen = np.concatenate([PlanStream(table, 500, 0).batch(k)["sample_id"] for k in range(20)])
+    assert (table.actions == np.minimum(table.left, 16)).all()
+    expected = np.average(table.actions, weights=table.actions)
+    assert abs(table.actions[seen].mean() - expected) < 0.15
+    alike = PlanTable.__new__(PlanTable)
+    alike.__dict__ = table.__dict__ | {"loss": LossConfig(by_length=False)}
+    seen = np.concatenate([PlanStream(alike, 500, 0).batch(k)["sample_id"] for k in range(20)])
+    assert abs(table.actions[seen].mean() - table.actions.mean()) < 0.15
+
+
+def test_a_table_with_something_extra_is_never_certain():
+    table, made = small_table("crossing_s9n1", 60)
+    counts = LookupTable(table, 0)
+    state = {k: v[:1].repeat(3000, 0) for k, v in table.states(np.arange(5)).items()}
+    seen = np.bincount(counts.policy(rng(0), extra=1e9)(state)[:, 0], minlength=7) / 3000
+    np.testing.assert_allclose(seen, [1 / 3, 1 / 3, 1 / 3, 0, 0, 0, 0], atol=0.05)
+    plain = np.bincount(counts.policy(rng(0))(state)[:, 0], minlength=7) / 3000
+    share = counts.look_up(state)[0] / counts.look_up(state)[0].sum()
+    np.testing.assert_allclose(plain, share, atol=0.05)
+
+
 def test_shortest_plans_are_optimal_and_waiting_is_idle():
     w = room(8)(5, 80)
     plans = all_shortest_plans(w)
@@ -177,8 +200,8 @@ def test_the_table_is_a_table():
 
 
 def test_the_bot_of_minigrid_plays():
-    success, excess = bot_episodes("BabyAI-GoToLocal-v0", 3, seed=1)
-    assert success.all() and (excess >= 1).all()
+    success, ratio = bot_episodes("BabyAI-GoToLocal-v0", 3, seed=1)
+    assert success.all() and (ratio >= 1).all()
 
 
 def test_configs_name_what_is_wrong():

@@ -6,9 +6,9 @@
 __all__ = ['UNSEEN', 'EMPTY', 'WALL', 'FLOOR', 'DOOR', 'KEY', 'BALL', 'BOX', 'GOAL', 'LAVA', 'AGENT', 'OPEN', 'CLOSED', 'LOCKED',
            'ACTIONS', 'LEFT', 'RIGHT', 'FORWARD', 'PICK_UP', 'DROP', 'TOGGLE', 'DONE', 'END', 'MASK', 'AHEAD', 'GREY',
            'VIEW', 'FILL', 'PAINT', 'HANDS', 'DOORS', 'TASKS', 'SPLITS', 'BLOCK', 'AR', 'BC', 'VARIANTS', 'FAST',
-           'SLOW', 'EVERY', 'FULL_VIEWS', 'PRESETS', 'JUDGED', 'HEADLINE', 'METHOD', 'Worlds', 'handle', 'with_cells',
-           'can_enter', 'solved', 'step', 'target_of', 'read_worlds', 'line_of_sight', 'partial_view', 'full_view',
-           'own_grids', 'state_keys', 'fingerprints', 'merge_grids', 'Layer', 'Search', 'deepen', 'Plans',
+           'SLOW', 'EVERY', 'FULL_VIEWS', 'PRESETS', 'LEVELS', 'JUDGED', 'HEADLINE', 'METHOD', 'Worlds', 'handle',
+           'with_cells', 'can_enter', 'solved', 'step', 'target_of', 'read_worlds', 'line_of_sight', 'partial_view',
+           'full_view', 'own_grids', 'state_keys', 'fingerprints', 'merge_grids', 'Layer', 'Search', 'deepen', 'Plans',
            'all_shortest_plans', 'draw_plans', 'every_plan', 'draw_world', 'w_path', 'Task', 'join', 'silent_minigrid',
            'from_minigrid', 'room', 'corridor', 'task', 'observe', 'layout_ids', 'split_layouts', 'anywhere',
            'drop_unused', 'walk', 'DataConfig', 'schema', 'TestWorlds', 'pick_worlds', 'first_worlds', 'save_worlds',
@@ -1019,6 +1019,12 @@ PRESETS["ablations"] = replace(
     train=replace(PRESETS["small"].train, steps=1000),
     evaluate=EvaluateConfig(episodes=500, kl_states=20, kl_plans=2000),
 )  # fmt: skip
+
+# %% ../../nbs/masked_diffusion/20_data.ipynb #49406ea4
+LEVELS = ("crossing_s11n5", "doorkey_8x8", "doorkey_8x8_full", "goto_local")
+PRESETS["levels"] = replace(
+    PRESETS["small"], preset="levels", data=replace(PRESETS["small"].data, tasks=LEVELS)
+)
 
 # %% ../../nbs/masked_diffusion/20_data.ipynb #08f1c9a1
 JUDGED = ("empty_random", "crossing_s9n1", "fourrooms")

@@ -509,7 +509,7 @@ def full_views(cfg: DiffusionConfig) -> list[str]:
     "Tasks of a run in which everything is seen: only there can a whole plan be known."
     return [n for n in cfg.data.tasks if task(n).view == "full"]
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #5f029ac0
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #1b0d939c
 @stage("masked_diffusion", "plans")
 def run_stage(cfg: DiffusionConfig, run: Run) -> None:
     "Look at the plans of the tasks in which everything is seen."
@@ -517,6 +517,9 @@ def run_stage(cfg: DiffusionConfig, run: Run) -> None:
     if whole.kind != "diffusion" or not whole.end:
         return
     record_rows(run, for_tasks(run, look_at_plans, names, "looking at plans"))
+    for name in names:
+        ways = [f"evaluate.passes.{name}.ancestral.k{k}.success" for k in (100, whole.length)]
+        run.compare(*ways)
     key = "evaluate.many_plans.kl_to_optimal_plans"
     if "many_plans" in names:
         for rival in [n for n in cfg.variants[1:] if f"{key}.{n}" in run.metrics]:

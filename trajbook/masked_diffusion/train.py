@@ -260,7 +260,7 @@ def train_variant(
         save=functools.partial(save_model, cfg=cfg, name=name), stop_after_s=time_left(),
     )  # fmt: skip
 
-# %% ../../nbs/masked_diffusion/22_train.ipynb #ae09d913
+# %% ../../nbs/masked_diffusion/22_train.ipynb #4da9cc0a
 @stage("masked_diffusion", "train")
 def run_stage(cfg: DiffusionConfig, run: Run) -> None:
     "Train every variant of the run and record how well it learned."
@@ -273,5 +273,6 @@ def run_stage(cfg: DiffusionConfig, run: Run) -> None:
         run.record(f"train.{name}.steps", last["step"], "1")
         run.record(f"train.{name}.best_step", best["step"], "1")
         run.record(f"train.{name}.seconds", last["time_s"], "s")
+        run.record(f"train.{name}.last_rate", last["lr"] / variant(cfg, name).train.lr, "1")
         run.record(f"train.{name}.val_surprise", last["val_surprise"], "nats per action", "lower")
         run.record(f"train.{name}.val_accuracy", last["val_accuracy"], "1", "higher")
