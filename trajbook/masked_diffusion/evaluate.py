@@ -458,7 +458,7 @@ def success_picture(
     axes[0].set_yticks(range(len(methods)), [m.replace("_", " ") for m in methods])
     return fig
 
-# %% ../../nbs/masked_diffusion/23_evaluate.ipynb #e92fe92a
+# %% ../../nbs/masked_diffusion/23_evaluate.ipynb #abc713df
 @stage("masked_diffusion", "evaluate")
 def run_stage(cfg: DiffusionConfig, run: Run) -> None:
     "Let every network and every rival act in all tasks."
@@ -471,3 +471,5 @@ def run_stage(cfg: DiffusionConfig, run: Run) -> None:
     save_figure(run.path("figures"), "success", success_picture(run.metrics, cfg.data.tasks))
     models, (data, _) = open_models(run, run.device), load_data(run)
     record_rows(run, likelihood_rows(models, data, cfg, run.device))
+    for rival in [n for n in cfg.variants[1:] if f"evaluate.nll.{n}" in run.metrics]:
+        run.compare("evaluate.nll_bound", f"evaluate.nll.{rival}")

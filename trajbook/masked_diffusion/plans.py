@@ -6,7 +6,7 @@
 __all__ = ['ORDERS', 'SHOWN', 'GRID_JS', 'STEPPING_JS', 'PLAN_JS', 'plan_probability', 'until_end', 'plan_counts', 'kl_to_even',
            'closed_plans', 'closed_loop_probability', 'plan_rows', 'distinct_worlds', 'ways_of', 'counted', 'passes',
            'guidance_rows', 'wishes', 'fulfilled', 'wish_rows', 'traces', 'poses', 'world_of', 'writer_state',
-           'PlanWriter', 'within', 'look_at_plans', 'full_views', 'run_stage']
+           'PlanWriter', 'within', 'look_at_plans', 'full_views', 'contests', 'run_stage']
 
 # %% ../../nbs/masked_diffusion/24_plans.ipynb #b4c029b2
 import math
@@ -509,7 +509,18 @@ def full_views(cfg: DiffusionConfig) -> list[str]:
     "Tasks of a run in which everything is seen: only there can a whole plan be known."
     return [n for n in cfg.data.tasks if task(n).view == "full"]
 
-# %% ../../nbs/masked_diffusion/24_plans.ipynb #1b0d939c
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #1a6f6def
+def contests(cfg: DiffusionConfig, found: Mapping[str, object]) -> list[tuple[str, str]]:
+    "Pairs of keys whose difference is worth an interval."
+    ours, kl = cfg.variants[0], "evaluate.many_plans.kl_to_optimal_plans"
+    pairs = []
+    for rival in cfg.variants[1:]:
+        walk = f"{kl}.{rival}_closed_loop"
+        pairs += [(f"{kl}.{ours}_closed_loop", walk if walk in found else f"{kl}.{rival}")]
+        pairs += [(f"{key}.{ours}", f"{key}.{rival}") for key in (kl, "evaluate.wish.many_plans")]
+    return [pair for pair in pairs if all(key in found for key in pair)]
+
+# %% ../../nbs/masked_diffusion/24_plans.ipynb #6920dac8
 @stage("masked_diffusion", "plans")
 def run_stage(cfg: DiffusionConfig, run: Run) -> None:
     "Look at the plans of the tasks in which everything is seen."
@@ -520,9 +531,8 @@ def run_stage(cfg: DiffusionConfig, run: Run) -> None:
     for name in names:
         ways = [f"evaluate.passes.{name}.ancestral.k{k}.success" for k in (100, whole.length)]
         run.compare(*ways)
-    key = "evaluate.many_plans.kl_to_optimal_plans"
+    for pair in contests(cfg, run.metrics):
+        run.compare(*pair)
     if "many_plans" in names:
-        for rival in [n for n in cfg.variants[1:] if f"{key}.{n}" in run.metrics]:
-            run.compare(f"{key}.{cfg.variants[0]}", f"{key}.{rival}")
         case = open_case(run, "many_plans", run.device)
         run.save_arrays(**traces(case, open_models(run, run.device)[cfg.variants[0]]))
