@@ -968,7 +968,7 @@ SLOW = {"eval_every": 1000, "save_every": 1000, "log_every": 100}
 EVERY = tuple(n for n in TASKS if n != "empty_fixed")
 FULL_VIEWS = ("empty_random_full", "crossing_s9n1_full", "doorkey_8x8_full", "goto_local_full")
 
-# %% ../../nbs/masked_diffusion/20_data.ipynb #e3a0fe2d
+# %% ../../nbs/masked_diffusion/20_data.ipynb #6c0c2d70
 PRESETS = {
     "tiny": DiffusionConfig(
         data=DataConfig(episodes=100, test=40, val=10),
@@ -982,7 +982,7 @@ PRESETS = {
     "small": DiffusionConfig(
         preset="small", workers=2,
         train=TrainConfig(
-            steps=3200, batch_size=128, lr=3e-3, weight_decay=0.01, ema_decay=0.998,
+            steps=3000, batch_size=128, lr=3e-3, weight_decay=0.01, ema_decay=0.998,
             **SLOW,
         ),
     ),
