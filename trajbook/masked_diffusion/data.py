@@ -980,9 +980,9 @@ PRESETS = {
         ),
     ),
     "small": DiffusionConfig(
-        preset="small", workers=2,
+        preset="small", workers=2, evaluate=EvaluateConfig(passes_worlds=400),
         train=TrainConfig(
-            steps=3000, batch_size=128, lr=3e-3, weight_decay=0.01, ema_decay=0.998,
+            steps=2000, batch_size=128, lr=3e-3, weight_decay=0.01, ema_decay=0.998,
             **SLOW,
         ),
     ),
@@ -1015,15 +1015,22 @@ PRESETS["document"] = DiffusionConfig(
 
 # %% ../../nbs/masked_diffusion/20_data.ipynb #3ffe04cb
 PRESETS["ablations"] = replace(
-    PRESETS["small"], preset="ablations", variants=tuple(VARIANTS),
-    train=replace(PRESETS["small"].train, steps=1000),
-    evaluate=EvaluateConfig(episodes=500, kl_states=20, kl_plans=2000),
+    PRESETS["small"], preset="ablations",
+    variants=tuple(n for n in VARIANTS if n not in ("autoregressive", "bc")),
+    data=DataConfig(tasks=("empty_random_full", "fourrooms", "many_plans")),
+    train=replace(PRESETS["small"].train, steps=800, eval_every=400, save_every=400),
+    evaluate=EvaluateConfig(
+        episodes=500, execute=(1,), temperatures=(0.5,), kl_states=20, kl_plans=2000
+    ),
 )  # fmt: skip
 
 # %% ../../nbs/masked_diffusion/20_data.ipynb #49406ea4
 LEVELS = ("crossing_s11n5", "doorkey_8x8", "doorkey_8x8_full", "goto_local")
 PRESETS["levels"] = replace(
-    PRESETS["small"], preset="levels", data=replace(PRESETS["small"].data, tasks=LEVELS)
+    PRESETS["small"],
+    preset="levels",
+    data=replace(PRESETS["small"].data, tasks=LEVELS),
+    train=replace(PRESETS["small"].train, steps=3000),
 )
 
 # %% ../../nbs/masked_diffusion/20_data.ipynb #08f1c9a1

@@ -177,7 +177,7 @@ def planner_policy(
     how: Sampling,
     execute: int,  # Actions before the next look
     draw: torch.Generator,
-    size: int = 1024,  # States at a time
+    size: int = 256,  # States at a time
 ) -> Policy:
     "A planner that plans, executes a few actions and plans again."
     device = next(model.parameters()).device
@@ -226,6 +226,8 @@ def best_temperature(
     max_steps: int = 0,  # The task's, if not given
 ) -> float:
     "The temperature with the largest SPL on validation layouts."
+    if len(temperatures) == 1:
+        return temperatures[0]
 
     def value(t: float) -> float:
         found = score(case, make(t, case.draw("validation")), True, max_steps)
