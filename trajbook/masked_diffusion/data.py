@@ -577,7 +577,8 @@ def task(name: str) -> Task:
     base = name.removesuffix("_full")
     if base not in TASKS:
         raise TrajbookError(nearest(name, list(TASKS), "task"))
-    return TASKS[base] if base == name else replace(TASKS[base], view="full")
+    found = TASKS[base]
+    return found if base == name else replace(found, view="full", share=2 * found.share)
 
 # %% ../../nbs/masked_diffusion/20_data.ipynb #8c6bc33c
 def observe(
@@ -875,7 +876,7 @@ class EvaluateConfig:
     episodes: int = 2000  # test worlds per task
     execute: tuple[int, ...] = (1, 4)  # actions that are executed before planning again
     steps: tuple[int, ...] = (1, 5, 10)  # passes in which an open-loop plan is made
-    temperatures: tuple[float, ...] = (1.0, 0.5, 0.25)  # validation chooses
+    temperatures: tuple[float, ...] = (0.5, 0.25)  # validation chooses
     likelihood_plans: int = 500  # validation plans per task
     passes_worlds: int = 500  # test worlds for the number of passes and for guidance
     kl_states: int = 50  # states whose plans are compared with all shortest ones
