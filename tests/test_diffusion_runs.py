@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from trajbook.config import load_method, resolve
-from trajbook.core import TrajbookError, rng
+from trajbook.core import TrajbookError, read_json, rng, root
 from trajbook.data import Trajectories
 from trajbook.masked_diffusion.data import (
     DONE,
@@ -33,7 +33,7 @@ from trajbook.masked_diffusion.evaluate import (
     spl,
 )
 from trajbook.masked_diffusion.train import PlanStream, PlanTable
-from trajbook.run import RunReader, run_method
+from trajbook.run import VERDICTS, RunReader, run_method
 
 SHORT = {
     "variants": ["diffusion", "bc", "autoregressive"],
@@ -227,3 +227,25 @@ def test_every_preset_can_be_built():
         with torch.device("meta"):
             for v in cfg.variants:
                 Planner(variant(cfg, v).model)
+
+
+def test_claims_of_the_document_have_a_form():
+    mine = [c for c in read_json(root() / "data" / "claims.json") if c["document"][:3] == "001"]
+    assert len(mine) >= 18 and len({c["id"] for c in mine}) == len(mine)
+    said = " ".join(c["sentence"] for c in mine)
+    for words in ("49 tokens", "Pad with last", "Mean pooling", "Cosine", "ready for training"):
+        assert words in said
+    for c in mine:
+        assert c["status"] in VERDICTS and c["page"].startswith("masked_diffusion/") and c["key"]
+        assert c["reason"] if c["status"] == "open" else c["note"]
+
+
+def test_every_ablation_of_a_claim_is_a_variant_of_the_preset():
+    claims = read_json(root() / "data" / "claims.json")
+    asked = [
+        c["versus"].rpartition(".")[2]
+        for c in claims
+        if c.get("preset") == "ablations" and c["method"] == "masked_diffusion"
+    ]
+    assert len(asked) >= 8
+    assert set(asked) <= set(load_method("masked_diffusion").presets["ablations"].variants)
