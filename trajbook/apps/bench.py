@@ -155,8 +155,9 @@ class Suite:
 
     sides: dict[str, Callable] = field(default_factory=dict)
     ratios: list[Ratio] = field(default_factory=list)
-    work: dict[str, tuple[int, float]] = field(default_factory=dict)  # Trajectories, operations
+    work: dict[str, tuple[int, float]] = field(default_factory=dict)  # Items, operations
     missing: dict[str, str] = field(default_factory=dict)  # Side -> why it cannot run
+    items: str = "trajectories"  # What a side makes
     profile: str = ""  # Side whose time is broken down
     fastest: dict[str, tuple[str, ...]] = field(default_factory=dict)  # Rival -> its ways
 
@@ -170,7 +171,7 @@ class Suite:
 def absolute_rates(
     suite: Suite,
     times: dict[str, list[float]],  # From `measure`
-) -> dict[str, dict[str, float]]:  # Side -> seconds, GFLOP/s, trajectories/s
+) -> dict[str, dict[str, float]]:  # Side -> seconds, GFLOP/s, items/s
     "Speed of every side whose work is known."
     found = {}
     for side, (items, flops) in suite.work.items():
@@ -178,7 +179,7 @@ def absolute_rates(
             s = statistics.median(times[side])
             found[side] = {"median_s": s}
             found[side] |= {"gflop_per_s": flops / s / 1e9} if flops else {}
-            found[side] |= {"trajectories_per_s": items / s} if items else {}
+            found[side] |= {f"{suite.items}_per_s": items / s} if items else {}
     return found
 
 # %% ../../nbs/apps/61_bench.ipynb #328df2f0
@@ -690,9 +691,7 @@ def add_plans(
     for k in PASSES:
         for name, lazy in (("cached", True), ("uncached", False)):
             how = Sampling(k, "ancestral", lazy=lazy)
-            suite.add(
-                f"plans.k{k}.{name}", lambda how=how: make_plans(model, state, how, draw), n, 1.0
-            )
+            suite.add(f"plans.k{k}.{name}", lambda how=how: make_plans(model, state, how, draw), n)
 
 # %% ../../nbs/apps/61_bench.ipynb #e6760797
 def loop_over_worlds(
@@ -745,7 +744,7 @@ def diffusion_suite(
 ) -> Suite:
     "Sides and ratios of `trajbook bench masked_diffusion`."
     torch.manual_seed(0)
-    suite = Suite(profile="plans.k16.uncached")
+    suite = Suite(items="plans", profile="plans.k16.uncached")
     add_plans(suite, device, shrink)
     add_worlds(suite, device, shrink)
     suite.ratios = [
@@ -890,9 +889,10 @@ def rate_row(
     rate: dict[str, float],  # From `absolute_rates`
 ) -> list[str]:  # Quantity, value, interval, meaning
     "One side as a row of the table."
-    forms = {"gflop_per_s": "{:,.0f} GFLOP/s", "trajectories_per_s": "{:,.1f} trajectories/s"}
-    speed = ", ".join(form.format(rate[k]) for k, form in forms.items() if k in rate)
-    return [side, f"{1e3 * rate['median_s']:,.1f} ms", "", speed]
+    speed = [f"{rate['gflop_per_s']:,.0f} GFLOP/s"] if "gflop_per_s" in rate else []
+    items = [k for k in rate if k not in ("median_s", "gflop_per_s")]
+    speed += [f"{rate[k]:,.1f} {k.removesuffix('_per_s')}/s" for k in items]
+    return [side, f"{1e3 * rate['median_s']:,.1f} ms", "", ", ".join(speed)]
 
 # %% ../../nbs/apps/61_bench.ipynb #e29dab89
 def bench_table(
