@@ -17,6 +17,7 @@ from trajbook.masked_diffusion.model import (
     DiTBlock,
     Planner,
     Sampling,
+    choose,
     describe,
     elbo_weight,
     fill_in,
@@ -32,7 +33,6 @@ from trajbook.masked_diffusion.plans import (
     kl_to_even,
     plan_counts,
     plan_probability,
-    until_end,
 )
 from trajbook.masked_diffusion.train import loss_fn, noise_of, q_sample
 from trajbook.nn import torch_generator
@@ -332,6 +332,48 @@ def test_laziness_and_batches_change_nothing():
         assert torch.equal(*found)
 
 
+def test_places_that_are_not_needed_are_not_asked_for():
+    model, asked = planner(), []
+    model.blocks[0].register_forward_pre_hook(lambda block, args: asked.append(len(args[0])))
+    for order in ("random", "ancestral", "left_to_right", "confidence"):
+        whole, part = (
+            make_plans(model, states(5), Sampling(16, order), torch_generator("l"), n=n)
+            for n in (None, 3)
+        )
+        assert torch.equal(whole[:, :3], part)
+    asked.clear()
+    make_plans(model, states(5), Sampling(16, "left_to_right"), torch_generator("l"), n=3)
+    assert sum(asked) == 5 * 3
+
+
+@pytest.mark.parametrize("how", [Sampling(0), Sampling(2, "backwards")])
+def test_impossible_sampling_is_refused(how):
+    with pytest.raises(TrajbookError, match="steps|order"):
+        make_plans(planner(), states(2), how, torch_generator("l"))
+
+
+def test_a_temperature_near_zero_is_zero():
+    logits, u = torch.randn(200, 8), torch.rand(200)
+    assert torch.equal(choose(logits, u, 1e-40)[0], choose(logits, u, 0)[0])
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
+def test_places_beyond_the_horizon_are_free_of_charge(kind):
+    "Of three places a task plans two: its 64 plans have probability one, in any order."
+    model = planner(horizon=3, kind=kind, time="scaled" if kind == "diffusion" else "none")
+    model.horizons = torch.tensor([2, 2])
+    every = torch.cartesian_prod(torch.arange(8), torch.arange(8))
+    every = F.pad(every, (0, 1), value=END)
+    memory = model.remember(same_state(64))
+    ranks = torch.tensor(list(itertools.permutations(range(3)))).expand(64, -1, -1)
+    p = log_likelihood(model, memory, every, ranks if kind == "diffusion" else None).exp()
+    torch.testing.assert_close(p.sum(0), torch.ones(p.shape[1]), atol=1e-4, rtol=0)
+    if kind == "diffusion":  # told the same times as in sampling
+        bound = torch.stack([nelbo(model, memory, every, torch_generator(k)) for k in range(400)])
+        exact = -p.log()[:, [0, 2]].mean(1)  # both orders of the two places
+        torch.testing.assert_close(bound.mean(0), exact, atol=0.25, rtol=0)
+
+
 def test_no_guidance_is_weight_zero_and_the_state_can_be_hidden():
     model = planner()
     blind = model(states(3), torch.full((3, 1, 16), MASK), None, torch.ones(3, dtype=torch.bool))
@@ -388,7 +430,6 @@ def test_masks_follow_the_time():
 def test_counting_plans():
     counts = plan_counts(np.array([0.5, 0.3]), 10_000, np.random.default_rng(0))
     assert counts.sum() == 10_000 and abs(counts[2] - 2000) < 300
-    assert until_end(np.array([[7, 1, 2]])).tolist() == [[7, 7, 7]]
     assert abs(kl_to_even(np.array([10**6, 10**6, 0]))) < 1e-5
     assert kl_to_even(np.array([10**6, 0, 0])) > 5
 

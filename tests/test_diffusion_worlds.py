@@ -22,7 +22,9 @@ from trajbook.masked_diffusion.data import (
     anywhere,
     draw_plans,
     every_plan,
+    fingerprints,
     full_view,
+    inside,
     layout_ids,
     load_demonstrations,
     load_worlds,
@@ -37,6 +39,7 @@ from trajbook.masked_diffusion.data import (
     step,
     task,
 )
+from trajbook.run import shared_folder
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 LEVELS = (
@@ -170,6 +173,53 @@ def test_splits_do_not_depend_on_order():
     ids = layout_ids(w)
     back = split_layouts(ids[::-1])[::-1]
     assert (split_layouts(ids) == back).all()
+
+
+def test_another_deal_holds_out_others():
+    ids = layout_ids(task("fourrooms").make(0, 400))
+    tests = [set(ids[split_layouts(ids, deal=d) == 2].tolist()) for d in range(9)]
+    assert len(set.union(*tests)) > 0.75 * len(set(ids.tolist()))
+    for held in tests[1:]:
+        assert len(held) == len(tests[0]) and len(held & tests[0]) < 0.4 * len(held)
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_every_task_makes_demonstrations_that_start_anywhere(name):
+    pytest.importorskip("minigrid")
+    cfg = DataConfig(tasks=(name,), episodes=60, test=8, val=4, anywhere=1.0)
+    made = make_task(cfg, name)
+    lost = 0.5 if name == "many_plans" else 0.1  # it leaves long plans out
+    n = round(60 * task(name).episodes)
+    assert len(made.episodes) > (1 - lost) * 0.9 * n
+    assert all(0 < len(e["action"]) <= task(name).longest for e in made.episodes)
+
+
+def test_nobody_starts_behind_a_wall():
+    w = task("multiroom").make(0, 40)
+    moved = anywhere(w, rng(0))
+    plans = all_shortest_plans(moved, task("multiroom").actions)
+    assert (plans.length > 0).all() and (moved.position != w.position).any()
+    assert (inside(w)[np.arange(40), *moved.position.T]).all() and inside(w).mean() < 0.3
+
+
+def test_fingerprints_see_the_last_byte_of_every_word():
+    "Two doors change their state together: the top bytes of two words, by the same amount."
+    grid = np.zeros((1, 16, 16, 3), np.uint8)
+    flat, found = grid.reshape(-1), []
+    for a, b in itertools.combinations(range(7, flat.size, 8), 2):
+        flat[:] = 0
+        flat[a], flat[b] = 1, 2
+        found.append(int(fingerprints(grid, np.zeros(1, int))[0]))
+    assert len(set(found)) == len(found) > 4000
+
+
+def test_a_search_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAJBOOK_CACHE", str(tmp_path))
+    cfg = DataConfig(tasks=("empty_random", "fourrooms_full"), episodes=20, test=5, val=5)
+    for _ in range(2):
+        with pytest.raises(TrajbookError, match="side = 7"):
+            shared_folder("toy", "data", cfg, lambda path: make_data(cfg, path))
+    assert not [p for p in tmp_path.rglob("*") if "worlds" in p.name]
 
 
 def test_the_data_is_the_same_twice_and_comes_back(tmp_path):

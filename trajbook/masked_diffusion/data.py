@@ -10,7 +10,7 @@ __all__ = ['UNSEEN', 'EMPTY', 'WALL', 'FLOOR', 'DOOR', 'KEY', 'BALL', 'BOX', 'GO
            'with_cells', 'can_enter', 'solved', 'step', 'target_of', 'read_worlds', 'line_of_sight', 'partial_view',
            'full_view', 'own_grids', 'state_keys', 'fingerprints', 'merge_grids', 'Layer', 'Search', 'deepen', 'Plans',
            'all_shortest_plans', 'draw_plans', 'every_plan', 'draw_world', 'w_path', 'Task', 'join', 'silent_minigrid',
-           'from_minigrid', 'room', 'corridor', 'task', 'observe', 'layout_ids', 'split_layouts', 'anywhere',
+           'from_minigrid', 'room', 'corridor', 'task', 'observe', 'layout_ids', 'split_layouts', 'inside', 'anywhere',
            'drop_unused', 'walk', 'DataConfig', 'schema', 'TestWorlds', 'pick_worlds', 'first_worlds', 'save_worlds',
            'load_worlds', 'demonstrate', 'Made', 'make_task', 'make_data', 'ModelConfig', 'LossConfig',
            'EvaluateConfig', 'VariantConfig', 'DiffusionConfig', 'variant', 'observation_keys', 'seen_keys',
@@ -29,7 +29,7 @@ import numpy as np
 from safetensors.numpy import load_file, save
 
 from ..config import Method, TrainConfig, nearest, override, require
-from ..core import TrajbookError, atomic_write, key_to_seed, progress, rng
+from ..core import TrajbookError, atomic_folder, atomic_write, key_to_seed, progress, rng
 from ..data import Field, Trajectories
 from ..run import Run, RunReader, stage
 
@@ -47,7 +47,7 @@ GREY = 5
 class Worlds:
     "Many grid worlds of one size and one rule."
 
-    grids: np.ndarray  # (G, W, H, 3) uint8 kind, color, state; the border is wall
+    grids: np.ndarray  # (G, W, H, 3) uint8 kind, color, state; agents are walled in
     grid: np.ndarray  # (N,) which of the grids
     position: np.ndarray  # (N, 2) column, row of the agent
     direction: np.ndarray  # (N,) 0 right, 1 down, 2 left, 3 up
@@ -245,7 +245,7 @@ def fingerprints(
 ) -> np.ndarray:  # (G,) uint64
     "One number per grid and world; different ones differ all but certainly."
     size = grids[0].size
-    words = np.zeros((len(grids), size // 8 + 2), np.uint64)
+    words = np.zeros((len(grids), size // 4 + 2), np.uint32)
     words.view(np.uint8)[:, :size] = grids.reshape(len(grids), -1)
     words[:, -1] = world
     factor = 2 * rng(0, "fingerprints").integers(1 << 63, size=words.shape[1], dtype=np.uint64) + 1
@@ -610,8 +610,13 @@ def split_layouts(
     layout: np.ndarray,  # (N,)
     test: float = 0.2,  # Share of the distinct layouts
     val: float = 0.1,
+    deal: int = 0,  # Another one holds out other layouts
 ) -> np.ndarray:  # (N,) places in SPLITS
     "Deal whole layouts out; one or two alone all go to training, for there is nothing to hold out."
+    if deal:  # a one-to-one mixture, so that no two layouts become one
+        factor = np.uint64(0x9E3779B97F4A7C15)
+        flip = rng(deal, "deal").integers(1 << 62, dtype=np.uint64)
+        layout = (layout.astype(np.uint64) ^ flip) * factor
     distinct, which = np.unique(layout, return_inverse=True)
     n = len(distinct)
     n_test, n_val = (max(1, round(share * n)) if n > 2 else 0 for share in (test, val))
@@ -620,9 +625,23 @@ def split_layouts(
     return part[which]
 
 # %% ../../nbs/masked_diffusion/20_data.ipynb #daed541f
+def inside(w: Worlds) -> np.ndarray:  # (N, W, H) bool
+    "Cells that no wall separates from the agent."
+    passable, k = w.grids[w.grid][..., 0] != WALL, np.arange(len(w))
+    found = np.zeros_like(passable)
+    found[k, *w.position.T] = True
+    while True:
+        more = np.pad(found, ((0, 0), (1, 1), (1, 1)))
+        beside = more[:, 2:, 1:-1] | more[:, :-2, 1:-1] | more[:, 1:-1, 2:] | more[:, 1:-1, :-2]
+        more = found | (beside & passable)
+        if (more == found).all():
+            return found
+        found = more
+
+# %% ../../nbs/masked_diffusion/20_data.ipynb #88b03a66
 def anywhere(w: Worlds, draw: np.random.Generator) -> Worlds:
     "The same layouts with the agent on a random empty cell, facing anywhere."
-    free = (w.grids[w.grid][..., 0] == EMPTY).reshape(len(w), -1)
+    free = ((w.grids[w.grid][..., 0] == EMPTY) & inside(w)).reshape(len(w), -1)
     x, y = np.divmod((free * draw.random(free.shape)).argmax(1), w.grids.shape[2])
     return replace(w, position=np.stack([x, y], 1), direction=draw.integers(0, 4, len(w)))
 
@@ -661,6 +680,7 @@ class DataConfig:
     "Demonstrations and test worlds."
 
     seed: int = 0
+    deal: int = 0  # which layouts are held out
     tasks: tuple[str, ...] = (
         "empty_random", "empty_random_full", "crossing_s9n1", "fourrooms", "many_plans"
     )  # fmt: skip
@@ -788,7 +808,7 @@ def make_task(cfg: DataConfig, name: str) -> Made:
     n = round(cfg.episodes * task(name).episodes)
     w = task(name).make(cfg.seed, round(1.34 * n))
     layout = layout_ids(w)
-    part = split_layouts(layout)
+    part = split_layouts(layout, deal=cfg.deal)
     alone = not (part == 2).any()
     rows, splits = [], []
     for k, split in enumerate(SPLITS[: 2 - alone]):
@@ -805,13 +825,14 @@ def make_task(cfg: DataConfig, name: str) -> Made:
 def make_data(cfg: DataConfig, path: Path) -> None:
     "Write the demonstrations and the test worlds of all tasks."
     rows, splits = [], []
-    for name in progress(cfg.tasks, desc="searching plans", unit="task"):
-        made = make_task(cfg, name)
-        rows, splits = rows + made.episodes, splits + made.splits
-        for split, worlds in made.worlds.items():
-            save_worlds(path / "worlds" / f"{name}.{split}.safetensors", worlds)
-    note = {"generator": "trajbook.masked_diffusion.data:make_data", "seed": cfg.seed}
-    Trajectories.from_episodes(rows, schema(cfg), splits, note).save(path / "demonstrations")
+    with atomic_folder(path) as folder:
+        for name in progress(cfg.tasks, desc="searching plans", unit="task"):
+            made = make_task(cfg, name)
+            rows, splits = rows + made.episodes, splits + made.splits
+            for split, worlds in made.worlds.items():
+                save_worlds(folder / "worlds" / f"{name}.{split}.safetensors", worlds)
+        note = {"generator": "trajbook.masked_diffusion.data:make_data", "seed": cfg.seed}
+        Trajectories.from_episodes(rows, schema(cfg), splits, note).save(folder / "demonstrations")
 
 # %% ../../nbs/masked_diffusion/20_data.ipynb #db2116fd
 @dataclass(frozen=True)
@@ -886,8 +907,11 @@ class EvaluateConfig:
     bot_episodes: int = 200  # of the BabyAI bot, which is slow
 
     def __post_init__(self):
-        for name in ("episodes", "kl_states", "kl_plans", "kl_orders", "bot_episodes"):
+        numbers = ("episodes", "likelihood_plans", "passes_worlds", "kl_states", "kl_plans")
+        for name in (*numbers, "kl_orders", "bot_episodes"):
             require(getattr(self, name) >= 1, f"evaluate.{name}", getattr(self, name), "at least 1")
+        ok = len(self.temperatures) > 0 and all(0 <= t < np.inf for t in self.temperatures)
+        require(ok, "evaluate.temperatures", self.temperatures, "one or more numbers, 0 or larger")
         for name in ("execute", "steps"):
             values = getattr(self, name)
             ok = len(values) > 0 and min(values) >= 1
@@ -908,7 +932,11 @@ VARIANTS = {  # name: (what it changes, steps relative to the diffusion's, what 
     "diffusion": ({}, 1.0, "masked diffusion"),
     "autoregressive": (AR, 1.0, "the same blocks, first action first"),
     "bc": (BC, 1.0, "the same blocks, the next action only"),
-    "elbo": ({"loss.weighting": "elbo"}, 1.0, "the likelihood bound itself"),
+    "elbo": (
+        {"loss.weighting": "elbo", "loss.all_masked": 0.0},
+        1.0,
+        "the likelihood bound itself",
+    ),
     "cosine": ({"loss.schedule": "cosine"}, 1.0, "the document's schedule"),
     "no_lead": ({"loss.lead": 0.0}, 1.0, "all places of a plan weigh the same"),
     "not_all_masked": ({"loss.all_masked": 0.0}, 1.0, "the start of sampling is not trained apart"),
@@ -960,8 +988,15 @@ def variant(
     changes, steps, _ = VARIANTS[name]
     model = replace(cfg.model, tasks=cfg.data.tasks, side=cfg.data.side)
     found = override(VariantConfig(model, cfg.loss, cfg.train), changes)
+    model, loss = found.model, found.loss
+    if model.kind != "diffusion":
+        model = replace(model, time="none", noise="mask")
+    ok = model.end == (loss.pad == "end")
+    require(ok, "loss.pad", loss.pad, "end if model.end is true, else last")
+    ok = loss.weighting == "even" or loss.all_masked == 0
+    require(ok, "loss.all_masked", loss.all_masked, "0 with loss.weighting=elbo")
     longer = replace(found.train, steps=max(1, round(steps * found.train.steps)))
-    return replace(found, train=longer)
+    return replace(found, model=model, train=longer)
 
 # %% ../../nbs/masked_diffusion/20_data.ipynb #1b8a2022
 FAST = {"eval_every": 10, "save_every": 10, "log_every": 5}
@@ -981,7 +1016,8 @@ PRESETS = {
         ),
     ),
     "small": DiffusionConfig(
-        preset="small", workers=2, evaluate=EvaluateConfig(passes_worlds=400),
+        preset="small", workers=2, data=DataConfig(deal=1),
+        evaluate=EvaluateConfig(passes_worlds=400),
         train=TrainConfig(
             steps=2000, batch_size=128, lr=3e-3, weight_decay=0.01, ema_decay=0.998,
             **SLOW,
@@ -989,7 +1025,7 @@ PRESETS = {
     ),
     "full": DiffusionConfig(
         preset="full", workers=3,
-        data=DataConfig(tasks=(*EVERY, *FULL_VIEWS), episodes=20_000),
+        data=DataConfig(deal=1, tasks=(*EVERY, *FULL_VIEWS), episodes=20_000),
         model=ModelConfig(horizon=40, d_model=128, n_layers=4, n_heads=4, dropout=0.1),
         train=TrainConfig(
             steps=40_000, batch_size=512, lr=1e-3, weight_decay=0.01, ema_decay=0.9995, **SLOW
@@ -1018,7 +1054,7 @@ PRESETS["document"] = DiffusionConfig(
 PRESETS["ablations"] = replace(
     PRESETS["small"], preset="ablations",
     variants=tuple(n for n in VARIANTS if n not in ("autoregressive", "bc")),
-    data=DataConfig(tasks=("empty_random_full", "fourrooms", "many_plans")),
+    data=DataConfig(deal=1, tasks=("empty_random_full", "fourrooms", "many_plans")),
     train=replace(PRESETS["small"].train, steps=800, eval_every=400, save_every=400),
     evaluate=EvaluateConfig(
         episodes=500, execute=(1,), temperatures=(0.5,), kl_states=20, kl_plans=2000

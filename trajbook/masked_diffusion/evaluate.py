@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Policy', 'Maker', 'Row', 'EXTRA', 'METHODS', 'TRIVIAL', 'state_of', 'same_state', 'play', 'LookupTable', 'Case',
            'score', 'spl', 'random_policy', 'planner_policy', 'bot_episodes', 'best_temperature', 'judge', 'rows_of',
-           'makers', 'plain_policies', 'receding', 'open_key', 'open_loop', 'likelihood_rows', 'surprise', 'open_case',
-           'open_models', 'judge_task', 'for_tasks', 'record_rows', 'success_picture', 'run_stage']
+           'sampling', 'makers', 'plain_policies', 'receding', 'open_key', 'open_loop', 'likelihood_rows', 'surprise',
+           'open_case', 'open_models', 'judge_task', 'for_tasks', 'record_rows', 'success_picture', 'run_stage']
 
 # %% ../../nbs/masked_diffusion/23_evaluate.ipynb #4b96c994
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +42,7 @@ from trajbook.masked_diffusion.data import (
     variant,
 )
 from trajbook.masked_diffusion.model import (
+    Order,
     Planner,
     Sampling,
     log_likelihood,
@@ -255,7 +256,7 @@ def rows_of(key: str, method: str, found: dict, unseen: np.ndarray) -> list[Row]
     won, steps = found["success"], found["steps"]
     rows = [(f"{key}.success.{method}", won.mean(), "1", "higher")]
     rows += [(f"{key}.spl.{method}", spl(won, steps, found["length"]), "1", "higher")]
-    rows += [(f"{key}.steps.{method}", steps.mean(), "steps", "lower")]
+    rows += [(f"{key}.steps.{method}", steps.mean(), "steps", None)]  # few if it dies early
     rows += [(f"{key}.idle.{method}", found["idle"].sum() / steps.sum(), "1", "lower")]
     if unseen.any():
         rows += [(f"{key}.success_unseen.{method}", won[unseen].mean(), "1", "higher")]
@@ -264,15 +265,28 @@ def rows_of(key: str, method: str, found: dict, unseen: np.ndarray) -> list[Row]
         rows += [(f"{key}.optimality_gap.{method}", gap, "1", "lower")]
     return [(k, float(v), unit, better) for k, v, unit, better in rows]
 
+# %% ../../nbs/masked_diffusion/23_evaluate.ipynb #e3480683
+def sampling(cfg: DiffusionConfig, name: str, steps: int, order: Order = "random") -> Sampling:
+    "How a variant of a run is asked for plans."
+    setup = variant(cfg, name)
+    told = setup.model.time != "none"
+    return Sampling(steps, order, schedule=setup.loss.schedule if told else "linear")
+
 # %% ../../nbs/masked_diffusion/23_evaluate.ipynb #dbdc0941
-def makers(models: Mapping[str, Planner], execute: int, steps: int) -> dict[str, Maker]:
+def makers(
+    models: Mapping[str, Planner],
+    cfg: DiffusionConfig,
+    execute: int,
+    steps: int | None = None,  # Passes, in random order; else one per action, from left to right
+) -> dict[str, Maker]:
     "Policies of all networks that can plan so far ahead."
 
-    def maker(model: Planner) -> Maker:
-        return lambda t, draw: planner_policy(model, Sampling(steps, temperature=t), execute, draw)
+    def maker(name: str, model: Planner) -> Maker:
+        order = "random" if steps else "left_to_right"
+        how = sampling(cfg, name, steps or model.config.length, order)
+        return lambda t, draw: planner_policy(model, how._replace(temperature=t), execute, draw)
 
-    able = {n: m for n, m in models.items() if m.config.length >= execute}
-    return {n: maker(m) for n, m in able.items()}
+    return {n: maker(n, m) for n, m in models.items() if m.config.length >= execute}
 
 # %% ../../nbs/masked_diffusion/23_evaluate.ipynb #de2911fc
 EXTRA = (0.0, 0.1, 1.0)  # what may be added to the counts of a table
@@ -301,7 +315,7 @@ def receding(case: Case, models: Mapping[str, Planner], cfg: DiffusionConfig) ->
         rows += rows_of(key, name, score(case, policy), unseen)
     for k in cfg.evaluate.execute:
         place = key if k == 1 else f"{key}.execute_{k}"
-        for name, make in makers(models, k, k).items():
+        for name, make in makers(models, cfg, k).items():
             found, t = judge(case, make, cfg)
             rows += [
                 *rows_of(place, name, found, unseen),
@@ -323,9 +337,9 @@ def open_loop(case: Case, models: Mapping[str, Planner], cfg: DiffusionConfig) -
     key, views = open_key(case.name), [task(name).view for name in cfg.data.tasks]
     fair = task(case.name).view == "full" or "full" not in views
     for k in cfg.evaluate.steps if fair else ():
-        found, _ = judge(case, makers(models, length, k)[ours], cfg, length)
+        found, _ = judge(case, makers(models, cfg, length, k)[ours], cfg, length)
         rows.append((f"{key}.steps_{k}", float(found["success"].mean()), "1", "higher"))
-    for name, make in makers(models, length, length).items():
+    for name, make in makers(models, cfg, length, length).items():
         found, _ = judge(case, make, cfg, length)
         rows.append((f"{key}.{name}", float(found["success"].mean()), "1", "higher"))
     return rows
@@ -347,6 +361,8 @@ def likelihood_rows(
         for which, label in enumerate(cfg.data.tasks):
             at = rng(0, "likelihood", label).permutation(np.flatnonzero(table.task == which))
             at = at[: cfg.evaluate.likelihood_plans]
+            if not len(at):  # a task of a single layout, which is trained on
+                continue
             found.setdefault(name, []).append((label, *surprise(model, table, at, device)))
     rows = []
     for name, parts in found.items():
@@ -372,7 +388,8 @@ def surprise(model: Planner, table: PlanTable, at: np.ndarray, device: str) -> t
         else:
             nats = -log_likelihood(model, memory, plan)[:, 0]
         total += float(nats.sum())
-        n += int((F.pad(plan[:, :-1] != END, (1, 0), value=True)).sum())
+        real = F.pad(plan[:, :-1] != END, (1, 0), value=True).cpu().numpy()
+        n += int((real & table.free(rows)).sum())  # beyond the horizon nobody pays
     return total, n
 
 # %% ../../nbs/masked_diffusion/23_evaluate.ipynb #2b9ae59c
@@ -452,6 +469,8 @@ def success_picture(
     for ax, name in zip(axes, tasks, strict=True):
         mine = {m: found.get(f"evaluate.{name}.success.{m}") for m in methods}
         for row, (m, entry) in enumerate(mine.items()):
+            if entry and (interval := entry.get("ci95")):
+                entry = entry | {"ci95": np.clip(interval, 0, 1).tolist()}  # it is a share
             if entry:
                 draw_bar(ax, row, entry, known[m])
         floor = max(e["value"] for m, e in mine.items() if e and m in TRIVIAL)

@@ -12,17 +12,19 @@ __all__ = ['Schedule', 'Order', 'ONE_PASS', 'Seen', 'in_agents_frame', 'StateEnc
 # %% ../../nbs/masked_diffusion/21_model.ipynb #3b7efa95
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import require
 from trajbook.masked_diffusion.data import (
     AGENT,
     AHEAD,
     END,
     MASK,
+    VIEW,
     DiffusionConfig,
     ModelConfig,
     task,
@@ -46,8 +48,8 @@ def in_agents_frame(
     "Where each cell lies as the agent sees it."
     S, agent = obs.shape[1], (obs[..., 0] == AGENT).flatten(1).int()
     there, at = agent.amax(1) > 0, agent.argmax(1)
-    x = torch.where(there, at // S, S // 2)[:, None, None]
-    y = torch.where(there, at % S, S - 1)[:, None, None]
+    x = torch.where(there, at // S, VIEW // 2)[:, None, None]  # whatever S, a view is in the corner
+    y = torch.where(there, at % S, VIEW - 1)[:, None, None]
     facing = torch.where(there, direction.long(), 3)  # in its own view the agent looks up
     ahead = torch.as_tensor(AHEAD, device=obs.device)[facing][:, None, None]
     grid = torch.arange(S, device=obs.device)
@@ -295,7 +297,7 @@ def choose(
     if temperature == 0:
         p, choice = logits.softmax(-1).max(-1)
         return choice, p
-    p = (logits / temperature).softmax(-1)
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # no inf - inf
     choice = (u[..., None] * p.sum(-1, keepdim=True) >= p.cumsum(-1)).sum(-1)
     choice = choice.clamp(max=logits.shape[-1] - 1)
     return choice, p.gather(-1, choice[..., None])[..., 0]
@@ -314,6 +316,8 @@ def turns(
     schedule: Schedule = "linear",
 ) -> Tensor:  # (B, L), `steps` where a place is not free
     "The pass in which each place is filled in."
+    require(steps >= 1, "steps", steps, "at least 1")
+    require(order in get_args(Order), "order", order, f"one of {', '.join(get_args(Order))}")
     share = mask_share(times_of(steps, u.device), schedule)
     if order == "ancestral":
         return torch.where(free, (u[..., None] < share).sum(-1), steps)
@@ -379,7 +383,8 @@ def fill_in(
     how: Sampling,
     draw: torch.Generator | None = None,
     watch: Callable | None = None,  # Called as watch(pass, tokens, probability) after each pass
-) -> Tensor:  # (B, L)
+    n: int | None = None,  # Places that are needed, from the first; all if not given
+) -> Tensor:  # (B, L), unless lazy places that are not needed may stay masked
     "Draw plans pass by pass."
     tokens, blind = tokens.clone(), None
     if how.guidance:
@@ -388,8 +393,11 @@ def fill_in(
         blind = model.keep(nothing, memory.task)
     u = torch.rand(tokens.shape, generator=draw, device=tokens.device)
     turn = turns(tokens == MASK, how.steps, how.order, u, how.schedule)
+    last = turn[:, : n if how.order != "confidence" else None]
+    last = last.masked_fill(last == how.steps, -1).amax(1, keepdim=True)  # pass that is needed
     for k in range(how.steps):
-        u, now = torch.rand(tokens.shape, generator=draw, device=tokens.device), turn == k
+        u = torch.rand(tokens.shape, generator=draw, device=tokens.device)
+        now = (turn == k) & (last >= k) if how.lazy else turn == k
         rows = now.any(1).nonzero()[:, 0] if how.lazy else torch.arange(len(now), device=u.device)
         if len(rows):
             every = len(rows) == len(now)
@@ -444,7 +452,7 @@ def make_plans(
     tokens = blank(model, state["task"])
     if fixed is not None:
         tokens = torch.where(fixed == MASK, tokens, fixed)
-    return fill_in(model, memory, tokens, how, draw)[:, :n]
+    return fill_in(model, memory, tokens, how, draw, n=n)[:, :n]
 
 # %% ../../nbs/masked_diffusion/21_model.ipynb #f380c94b
 def partly_masked(
@@ -461,10 +469,12 @@ def log_p(
     memory: Memory,
     plan: Tensor,  # (B, L)
     tokens: Tensor,  # (B, C, L) copies of it with masks
-    time: Tensor | None = None,  # (B, C), else the share that is masked
+    time: Tensor | None = None,  # (B, C), else the share of the horizon that is masked
 ) -> Tensor:  # (B, C, L)
     "Log-probability of each action of plans, given what copies of them show."
-    time = (tokens == MASK).float().mean(-1) if time is None else time
+    if time is None:
+        n = (blank(model, memory.task) == MASK).sum(-1, keepdim=True)
+        time = (tokens == MASK).sum(-1) / n
     found = model.decode(memory, tokens, time).log_softmax(-1)
     target = plan[:, None, :, None].expand(*tokens.shape, 1)
     return found.gather(-1, target)[..., 0]
@@ -483,12 +493,11 @@ def log_likelihood(
         tokens = F.pad(plan[:, :-1], (1, 0), value=MASK)[:, None]
         written = blank(model, memory.task)[:, None, :L] == MASK
         return (log_p(model, memory, plan, tokens) * written).sum(-1)
-    M = rank.shape[1]
-    shown = torch.arange(L, device=plan.device)
-    each = rank.repeat_interleave(L, 1)
-    found = log_p(model, memory, plan, partly_masked(plan, each, shown.repeat(M)))
-    next_one = each == shown.repeat(M)[:, None]
-    return (found * next_one).sum(-1).unflatten(1, (M, L)).sum(-1)
+    M, shown = rank.shape[1], torch.arange(L, device=plan.device).repeat(rank.shape[1])
+    free, each = (blank(model, memory.task) == MASK)[:, None], rank.repeat_interleave(L, 1)
+    tokens = torch.where(free, partly_masked(plan, each, shown), plan[:, None])
+    found = log_p(model, memory, plan, tokens) * free
+    return (found * (each == shown[:, None])).sum(-1).unflatten(1, (M, L)).sum(-1)
 
 # %% ../../nbs/masked_diffusion/21_model.ipynb #bdc5750f
 @torch.no_grad()
