@@ -391,19 +391,18 @@ def fill_in(
         B, (cells, summary) = len(memory.task), model.encoder.hidden
         nothing = Seen(cells.expand(B, model.config.side**2 + 1, -1), summary.expand(B, -1))
         blind = model.keep(nothing, memory.task)
-    u = torch.rand(tokens.shape, generator=draw, device=tokens.device)
-    turn = turns(tokens == MASK, how.steps, how.order, u, how.schedule)
+    u = torch.rand((how.steps + 1, *tokens.shape), generator=draw, device=tokens.device)
+    turn = turns(tokens == MASK, how.steps, how.order, u[-1], how.schedule)
     last = turn[:, : n if how.order != "confidence" else None]
     last = last.masked_fill(last == how.steps, -1).amax(1, keepdim=True)  # pass that is needed
-    for k in range(how.steps):
-        u = torch.rand(tokens.shape, generator=draw, device=tokens.device)
+    for k in range(int(last.max()) + 1 if how.lazy else how.steps):
         now = (turn == k) & (last >= k) if how.lazy else turn == k
         rows = now.any(1).nonzero()[:, 0] if how.lazy else torch.arange(len(now), device=u.device)
         if len(rows):
             every = len(rows) == len(now)
             mine, none = memory if every else memory.take(rows), blind and blind.take(rows)
             logits = guided(model, mine, none, tokens[rows], 1 - k / how.steps, how.guidance)
-            drawn, p = choose(logits, u[rows], how.temperature)
+            drawn, p = choose(logits, u[k, rows], how.temperature)
             put = now[rows]
             if how.order == "confidence":
                 put = surest(p, tokens[rows] == MASK, put.sum(1))
