@@ -395,7 +395,7 @@ def fill_in(
     turn = turns(tokens == MASK, how.steps, how.order, u[-1], how.schedule)
     last = turn[:, : n if how.order != "confidence" else None]
     last = last.masked_fill(last == how.steps, -1).amax(1, keepdim=True)  # pass that is needed
-    for k in range(int(last.max()) + 1 if how.lazy else how.steps):
+    for k in range(int(last.max()) + 1 if how.lazy and len(last) else how.steps):
         now = (turn == k) & (last >= k) if how.lazy else turn == k
         rows = now.any(1).nonzero()[:, 0] if how.lazy else torch.arange(len(now), device=u.device)
         if len(rows):
@@ -426,11 +426,13 @@ def write(
     token, found = torch.full((B, 1), MASK, device=device), []
     causal = model.config.kind == "autoregressive"
     cache = [KVCache(model.config.length) for _ in model.blocks] if causal else None
+    known = blank(model, memory.task)  # END beyond the task's horizon
+    if fixed is not None:
+        known = torch.where(fixed == MASK, known, fixed)
     for k in range(min(n, model.config.length)):
         logits = model.decode(memory, token[:, None], cache=cache)[:, 0]
         token, _ = choose(logits, torch.rand((B, 1), generator=draw, device=device), temperature)
-        if fixed is not None:
-            token = torch.where(fixed[:, k : k + 1] == MASK, token, fixed[:, k : k + 1])
+        token = torch.where(known[:, k : k + 1] == MASK, token, known[:, k : k + 1])
         found.append(token)
     return torch.cat(found, 1)
 

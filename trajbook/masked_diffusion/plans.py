@@ -180,15 +180,15 @@ def distinct_worlds(t: TestWorlds, n: int) -> tuple[Worlds, np.ndarray]:
     return drop_unused(w.take(at)), at
 
 # %% ../../nbs/masked_diffusion/24_plans.ipynb #76cae25c
-def ways_of(name: str, model: Planner, ours: str) -> dict[str, Sampling]:
+def ways_of(name: str, model: Planner, cfg: DiffusionConfig) -> dict[str, Sampling]:
     "In which ways a planner is asked for plans."
     L = model.config.length
     if model.config.kind == "autoregressive":
         return {name: Sampling(L, "left_to_right")}
-    ways = {name: Sampling(L, "random")}
-    if name == ours:
-        ways |= {f"{name}_k{k}": Sampling(k, "random") for k in (1, 4)}
-        ways |= {f"{name}_left_to_right": Sampling(L, "left_to_right")}
+    ways = {name: sampling(cfg, name, L)}
+    if name == cfg.variants[0]:
+        ways |= {f"{name}_k{k}": sampling(cfg, name, k) for k in (1, 4)}
+        ways |= {f"{name}_left_to_right": sampling(cfg, name, L, "left_to_right")}
     return ways
 
 # %% ../../nbs/masked_diffusion/24_plans.ipynb #a53cb00e
@@ -211,7 +211,7 @@ def counted(
             with torch.no_grad():
                 memory = model.remember(state)
             parts = [memory.take(k) for k in torch.arange(len(w), device=case.device).split(1)]
-            for label, how in ways_of(name, model, cfg.variants[0]).items():
+            for label, how in ways_of(name, model, cfg).items():
                 orders = e.kl_orders if how.order == "random" else 1
                 draw = case.draw(cfg.seed, "orders", label)
                 pairs = zip(parts, right, strict=True)
@@ -227,7 +227,8 @@ def passes(case: Case, models: Mapping[str, Planner], cfg: DiffusionConfig) -> l
     "Open-loop success by number of passes and order, at temperature 1; processor time per episode."
     model, some, rows = models[cfg.variants[0]], case.part(cfg.evaluate.passes_worlds), []
     length = model.config.length
-    if decoder := models.get("autoregressive"):
+    decoder = models.get("autoregressive")
+    if decoder and decoder.config.length == length:
         draw = case.draw(cfg.seed, "passes", "autoregressive")
         found = score(some, planner_policy(decoder, Sampling(), length, draw), max_steps=length)
         key = f"evaluate.passes.{case.name}.autoregressive.success"
@@ -299,7 +300,7 @@ def wish_rows(case: Case, models: Mapping[str, Planner], cfg: DiffusionConfig) -
         for k in range(8):
             wish = wishes(right, draw)
             fixed = torch.as_tensor(wish, device=case.device)
-            how = Sampling(length, "random")
+            how = sampling(cfg, name, length)
             drawn = make_plans(model, state, how, case.draw(cfg.seed, "wish", k), fixed=fixed)
             won.append(fulfilled(drawn.cpu().numpy(), right, wish).mean())
         rows.append((f"evaluate.wish.{case.name}.{name}", float(np.mean(won)), "1", "higher"))
@@ -527,6 +528,8 @@ def contests(cfg: DiffusionConfig, found: Mapping[str, object]) -> list[tuple[st
         pairs += [(f"{key}.ancestral.k100.success", f"{key}.ancestral.k{L}.success")]
         some = [f"{key}.{order}.k{L}.success" for order in ("random", "confidence")]
         pairs += [(mine, f"{key}.autoregressive.success") for mine in some]
+    for key in (f"evaluate.guidance.{name}" for name in full_views(cfg)):
+        pairs += [(f"{key}.w1.success", f"{key}.w0.success")]
     return [pair for pair in pairs if all(key in found for key in pair)]
 
 # %% ../../nbs/masked_diffusion/24_plans.ipynb #6920dac8
