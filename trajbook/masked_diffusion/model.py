@@ -276,7 +276,7 @@ Schedule = Literal["linear", "cosine"]
 
 
 def mask_share(t: Tensor, schedule: Schedule = "linear") -> Tensor:
-    "Share m(t) of masked actions: 0 at t = 0, 1 at t = 1 (MD4, Shi et al. 2024, table 1)."
+    "Share m(t) of masked actions: 0 at t = 0, 1 at t = 1 (MD4, Shi et al. 2024, appendix)."
     return t if schedule == "linear" else torch.cos(0.5 * math.pi * (1 - t))
 
 # %% ../../nbs/masked_diffusion/21_model.ipynb #7c701fe7
